@@ -323,7 +323,7 @@ fn notes_that_the_driver_writes_itself_are_looked_at_like_calls() {
         |a| {
             gives(a, TAKES, A, B);
             // The area of the monitor is right below the end of the modules' space.
-            a.mov(rcx, 0xffff_ffff_fee0_0000u64 + 38 * PAGE + 32)
+            a.mov(rcx, 0xffff_ffff_fee0_0000u64 + 70 * PAGE + 32)
                 .unwrap();
             a.mov(qword_ptr(rcx), 77).unwrap();
             a.ret().unwrap();

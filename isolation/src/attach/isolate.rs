@@ -37,6 +37,7 @@ use crate::dispatch::armed::{
     Armed, Failures, Gate, InTheGuest, KeptPackets, KnownGuest, Limits, ModuleDevice,
 };
 use crate::dispatch::fault::Faults;
+use crate::dispatch::overdue::Timers;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::effects::KernelEffects;
@@ -232,6 +233,9 @@ impl Prepared {
         if let Some(effects) = &effects {
             domain.look_at_arguments(effects.keeps.keys().copied());
         }
+        if let Some(policy) = &policy {
+            domain.tell_answers(policy.answering());
+        }
         let faults = fault_tables(&virt, symbols);
         let gates = gates_of(&plan, types, &mut strength);
         let knowledge = Knowledge::new(&layout, symbols.clone(), faults);
@@ -359,6 +363,7 @@ impl Prepared {
                 budget: request.budget,
                 sleep_limit: request.sleep_limit,
             },
+            timers: Timers::default(),
             failures: Failures::new(request.policy, keeper),
             faults: Faults::default(),
             tracer: None,

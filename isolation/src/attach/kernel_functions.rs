@@ -10,9 +10,14 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use crate::guest::addr::GvaRange;
 use crate::guest::btf::Btf;
 use crate::guest::memory_model::MemoryModel;
+use crate::guest::symbols::SymbolTable;
 use crate::models;
+
+/// None of the functions that call those of timers is longer, in bytes.
+const LONGEST_RUNNER: u64 = 4096;
 
 /// A kernel function by the names that it has had, the oldest first.
 pub(crate) type Names = Vec<&'static str>;
@@ -56,6 +61,8 @@ pub(crate) struct KernelFunctions {
     /// Functions that wait for other processors without letting go of their own: in a call those
     /// stand still.
     pub waits_for_others: Vec<WaitsForOthers>,
+    /// Functions that call those of timers that have expired, for as long as there are any.
+    pub runs_timers: Vec<Names>,
     /// Values that failed calls return: they have to be this kernel's.
     returned: BTreeMap<&'static str, i128>,
 }
@@ -104,6 +111,15 @@ pub(crate) struct WaitsForOthers {
 /// Those of Linux.
 pub(crate) static LINUX: LazyLock<KernelFunctions> =
     LazyLock::new(|| models::built_in(include_str!("../../models/functions.toml")));
+
+/// Where the kernel's functions are that call those of timers.
+pub(crate) fn runs_timers(symbols: &SymbolTable) -> Vec<GvaRange> {
+    let names = LINUX.runs_timers.iter().flatten();
+    let found = names.filter_map(|name| symbols.kernel_symbol(name));
+    found
+        .filter_map(|symbol| symbols.extent(symbol.at, GvaRange::new(symbol.at, LONGEST_RUNNER)?))
+        .collect()
+}
 
 /// What calls could not be contained or safely be failed without: names of kernel functions,
 /// symbols, types, members and values that are not found. `has_symbol` tells whether the kernel has

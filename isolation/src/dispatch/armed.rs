@@ -17,6 +17,7 @@ use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::call_trace::Tracer;
 use crate::dispatch::fault::Faults;
+use crate::dispatch::overdue::Timers;
 use crate::dispatch::returning::Returning;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
@@ -88,6 +89,8 @@ pub(crate) struct Armed {
     pub packets: KeptPackets,
     pub device: ModuleDevice,
     pub limits: Limits,
+    /// Timers that call it.
+    pub timers: Timers,
     pub failures: Failures,
     /// Faults that are put into calls on purpose.
     pub faults: Faults,
@@ -307,7 +310,29 @@ impl Armed {
                 next => next.unwrap_or(unisolated),
             };
         }
-        self.run(gate, None, attempt, at).unwrap_or(unisolated)
+        let by_timer = self.is_called_by_timer(at);
+        if by_timer && !self.timers.begins(gate, at.regs.rdi, at.reached) {
+            if let Some(known) = self.gates.get_mut(&gate) {
+                known.entry.count_overdue();
+            }
+            return unisolated;
+        }
+        let next = self.run(gate, None, attempt, at).unwrap_or(unisolated);
+        if by_timer {
+            self.timers.ended(at.reached.elapsed());
+        }
+        next
+    }
+
+    /// Whether the vCPU at a gate came there from what the kernel calls timers' functions by.
+    fn is_called_by_timer(&self, at: &AtGate<'_>) -> bool {
+        let memory = self.domain.memories().1;
+        let virt = VirtMemory {
+            space: self.space(&at.sregs),
+            memory: &memory,
+        };
+        let caller = virt.read_u64(Gva(at.regs.rsp)).ok();
+        caller.is_some_and(|caller| self.guest.knowledge.runs_timers(Gva(caller)))
     }
 
     /// Goes on with a call whose kernel function has reached the return gate, and returns the

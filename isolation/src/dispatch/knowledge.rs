@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use iced_x86::{Formatter, GasFormatter};
 
+use crate::attach::kernel_functions;
 use crate::domain::Domain;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::AbortPhases;
@@ -31,6 +32,8 @@ pub struct Knowledge {
     data: Vec<GvaRange>,
     pub(super) faults: FaultTables,
     pub(super) interrupt_stack: InterruptStack,
+    /// Kernel functions that call those of timers.
+    timers: Vec<GvaRange>,
 }
 
 impl Knowledge {
@@ -41,9 +44,15 @@ impl Knowledge {
             text: layout.text().map(|section| section.range).collect(),
             data: layout.data().map(|section| section.range).collect(),
             interrupt_stack: InterruptStack::new(&symbols),
+            timers: kernel_functions::runs_timers(&symbols),
             symbols,
             faults,
         }
+    }
+
+    /// Whether what returns to `caller` was called by the kernel for a timer.
+    pub(super) fn runs_timers(&self, caller: Gva) -> bool {
+        self.timers.iter().any(|function| function.contains(caller))
     }
 
     /// Whether a function begins at `va` that is the module's own, or anybody else's.

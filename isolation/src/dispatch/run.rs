@@ -10,6 +10,7 @@
 use std::time::Instant;
 
 use devices::clock::monotonic_ns;
+use devices::dma::GuestMemory;
 use devices::hold::{DeviceLost, HeldDevice, Holdable, OutsideChanges};
 use kvm_bindings::kvm_regs;
 
@@ -32,7 +33,7 @@ use crate::fault_image::Kept;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
-use crate::policy::call::{CallMemory, MemoryBefore};
+use crate::policy::call::{CallMemory, MemoryBefore, STACK_ARGUMENTS};
 use crate::status::report::ViolationReport;
 
 /// Most calls that are in the guest at once; further ones that would have to go on there pass
@@ -149,6 +150,7 @@ impl Armed {
         };
         if let Some(policy) = &mut self.policy {
             policy.begin(&gate.entry.name, arguments(&run.entry));
+            policy.has_on_stack(on_stack(virt, run.entry.rsp));
         }
         let policy = self.policy.as_mut().map(|policy| CallPolicy {
             policy,
@@ -316,6 +318,17 @@ impl Armed {
         }
         report
     }
+}
+
+/// What lies above the return address on the stack of a call that begins with this stack pointer:
+/// its arguments, if it has more than fit into registers; 0 where nothing is mapped.
+fn on_stack(virt: VirtMemory<'_, GuestMemory>, rsp: u64) -> [u64; STACK_ARGUMENTS] {
+    let mut arguments = [0; STACK_ARGUMENTS];
+    for (argument, number) in arguments.iter_mut().zip(1..) {
+        let at = Gva(rsp).checked_add(8 * number);
+        *argument = at.and_then(|at| virt.read_u64(at).ok()).unwrap_or(0);
+    }
+    arguments
 }
 
 /// What a run in the domain takes.

@@ -9,7 +9,7 @@ use crate::domain::effects::KernelCall;
 use crate::domain::failing::Failing;
 use crate::domain::list_links::LINKS_BYTES;
 use crate::domain::monitor::{Asked, ExceptionFrame};
-use crate::domain::supervisor::{Behind, HandOver, KernelExceptionVerdict, Supervisor};
+use crate::domain::supervisor::{Answer, Behind, HandOver, KernelExceptionVerdict, Supervisor};
 use crate::domain::undo_log::Restorable;
 use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
@@ -200,6 +200,17 @@ impl Supervisor for CallSupervisor<'_> {
     fn returned(&mut self, value: u64) {
         if let Some(CallPolicy { policy, memory }) = &mut self.policy {
             policy.hand_out(memory, Gva(value));
+        }
+    }
+
+    fn answered(&mut self, call: &KernelCall, result: u64) -> Option<Answer> {
+        let CallPolicy { policy, memory } = self.policy.as_mut()?;
+        policy.answered(memory, call, result)
+    }
+
+    fn was_answered(&mut self, answers: &[Answer]) {
+        if let Some(CallPolicy { policy, .. }) = &mut self.policy {
+            policy.was_answered(answers);
         }
     }
 

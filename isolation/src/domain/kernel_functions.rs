@@ -1,5 +1,5 @@
-//! What the private VM makes of the kernel's functions: which of them wait, are looked at, run with
-//! the driver's rights, or are the guest's alone. All is told before the calls that it is about.
+//! What the private VM makes of the kernel's functions: which of them wait, are looked at, have
+//! their answers told, run with the driver's rights, or are the guest's alone. All is told before the calls that it is about.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,6 +15,11 @@ impl Domain {
     /// for each call of them.
     pub fn look_at_arguments(&mut self, functions: impl Iterator<Item = u64>) {
         self.monitor.look_at(functions.collect());
+    }
+
+    /// Has told what these kernel functions answer, at two exits for each call of them.
+    pub fn tell_answers(&mut self, functions: impl Iterator<Item = u64>) {
+        self.monitor.tell_answers(functions.collect());
     }
 
     /// Has these kernel functions, which need no more, run with the driver's rights when it calls

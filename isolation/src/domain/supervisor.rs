@@ -30,6 +30,15 @@ pub enum HandOver {
     },
 }
 
+/// An object that a kernel function has answered a call with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answer {
+    /// Guest virtual address of the function.
+    pub function: u64,
+    /// Guest virtual address of the object.
+    pub at: u64,
+}
+
 /// Memory behind what a call has asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Behind {
@@ -128,6 +137,18 @@ pub trait Supervisor {
     /// A kernel function that went on in the guest has returned `value` to the driver: what was
     /// handed out there is the driver's to write.
     fn returned(&mut self, _value: u64) {}
+
+    /// A kernel function whose answers are told ([`Domain::tell_answers`]) has returned `result` to
+    /// the driver, which had called it with these arguments: the object that it has answered with,
+    /// if it has.
+    ///
+    /// [`Domain::tell_answers`]: super::Domain::tell_answers
+    fn answered(&mut self, _call: &KernelCall, _result: u64) -> Option<Answer> {
+        None
+    }
+
+    /// The call comes back from the guest, and kernel functions had answered it with these objects.
+    fn was_answered(&mut self, _answers: &[Answer]) {}
 
     /// Whether a function of the kernel or of another module begins at `va`.
     fn is_kernel_function(&self, va: u64) -> bool;

@@ -146,6 +146,13 @@ impl EntryStatus {
         }
     }
 
+    /// Counts a call that the guest runs itself because those of its timer leave it no time.
+    pub fn count_overdue(&mut self) {
+        self.calls += 1;
+        let reason = "overdue".to_owned();
+        *self.pass_throughs.entry(reason).or_default() += 1;
+    }
+
     /// Counts a call that took `time`, or the part of one that had gone on in the guest and came
     /// back (`again`).
     pub fn count(&mut self, result: &CallResult, again: bool, time: Duration) {

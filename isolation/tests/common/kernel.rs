@@ -5,7 +5,7 @@ use devices::dma::GuestMemory;
 use isolation::domain::effects::KernelCall;
 use isolation::domain::failing::Failing;
 use isolation::domain::monitor::Asked;
-use isolation::domain::supervisor::{Behind, HandOver};
+use isolation::domain::supervisor::{Answer, Behind, HandOver};
 use isolation::domain::transaction::AbortPhases;
 use isolation::fault_image::{Keeper, Kept};
 use isolation::status::report::{Told, ViolationReport};
@@ -92,6 +92,11 @@ pub struct Kernel {
     pub slot_bytes: u64,
     /// What is behind it there is the kernel's red zone.
     pub slots_are_red: bool,
+    /// What kernel functions have answered with: what they returned, or their second argument if
+    /// that was 0.
+    pub answers: Vec<Answer>,
+    /// What calls that came back had been answered with.
+    pub was_answered: Vec<Answer>,
     /// Keeps faults.
     pub keeper: Option<Keeper>,
     /// What became of the last one.
@@ -193,6 +198,21 @@ impl Supervisor for Kernel {
     }
     fn returned(&mut self, value: u64) {
         self.returned.push(value);
+    }
+    fn answered(&mut self, call: &KernelCall, result: u64) -> Option<Answer> {
+        let answer = Answer {
+            function: call.function,
+            at: if result == 0 {
+                call.arguments[1]
+            } else {
+                result
+            },
+        };
+        self.answers.push(answer);
+        Some(answer)
+    }
+    fn was_answered(&mut self, answers: &[Answer]) {
+        self.was_answered.extend(answers);
     }
     fn is_kernel_function(&self, va: u64) -> bool {
         self.kernel_functions.contains(&va)

@@ -271,6 +271,31 @@ fn a_call_back_may_wait() {
     assert_eq!((end.regs.rax, end.regs.rip), (9, CALLER));
 }
 
+/// `mount_bdev`, in which `fill_super` waits.
+#[test]
+fn what_a_kernel_function_writes_after_a_call_back_that_waited_is_not_laid_at_the_drivers_door() {
+    let guest = Guest::new();
+    let mut domain = waits_in_a_call_back(&guest);
+    // The driver writes beside what the kernel function does then.
+    guest.code(DRIVER_TEXT + 0x100, |a| {
+        a.call(WAITS).unwrap();
+        a.mov(rcx, KERNEL_DATA + 0x100).unwrap();
+        a.inc(qword_ptr(rcx)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut kernel = Kernel {
+        driver_functions: [DRIVER_TEXT + 0x100].into(),
+        writable: vec![(KERNEL_DATA + 0x100, 8)],
+        ..Default::default()
+    };
+    for times in 1..=2 {
+        let result = begin(&guest, &mut domain, &mut kernel, guest.entry_regs());
+        let end = go_on(&guest, &mut domain, &mut kernel, &result);
+        assert!(matches!(end.end, CallEnd::Committed), "{end:?}");
+        assert_eq!(guest.read(KERNEL_DATA + 0x100), times);
+    }
+}
+
 #[test]
 fn a_call_that_is_handed_over_has_the_drivers_own_return_addresses() {
     let guest = Guest::new();

@@ -4,16 +4,16 @@
 //!  page                     driver root   kernel root
 //!  0        stubs           execute       execute      entry, exit and call-back return
 //!  1        VECTORS         execute       execute      256 exception stubs of 16 bytes
-//!  2..34    TRAMPOLINES     execute       execute      one for each imported function
-//!  34       TABLES_RO       read          read         IDT
-//!  35       SEGMENTS        read          read         GDT and TSS
-//!  36       EXCEPTION_STACK write         write        IST1; every exception frame lands here
-//!  37       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines;
+//!  2..66    TRAMPOLINES     execute       execute      one for each imported function
+//!  66       TABLES_RO       read          read         IDT
+//!  67       SEGMENTS        read          read         GDT and TSS
+//!  68       EXCEPTION_STACK write         write        IST1; every exception frame lands here
+//!  69       SCRATCH         write         write        a register while roots are switched, one for stubs, one for trampolines;
 //!                                                     a counter
-//!  38..42   HANDED_OVER     write         write        calls of kernel functions that wait for the driver's to end
-//!  42       ASKED           read          write        how much memory the driver asked for
-//!  43       RETURN_STACK    read          write        where kernel functions return to; top first
-//!  44..     page tables     -             -            roots and their tables; no virtual address
+//!  70..74   HANDED_OVER     write         write        calls of kernel functions that wait for the driver's to end
+//!  74       ASKED           read          write        how much memory the driver asked for
+//!  75       RETURN_STACK    read          write        where kernel functions return to; top first
+//!  76..     page tables     -             -            roots and their tables; no virtual address
 //! ```
 //!
 //! All pages but the page tables are mapped at consecutive virtual addresses; the one after
@@ -47,12 +47,12 @@ mod trampolines;
 
 const VECTORS: u64 = 1;
 const TRAMPOLINES: u64 = 2;
-const TRAMPOLINE_PAGES: u64 = 32;
-const IDT: u64 = 34;
-const SEGMENTS: u64 = 35;
-const EXCEPTION_STACK: u64 = 36;
-const SCRATCH: u64 = 37;
-const HANDED_OVER: u64 = 38;
+const TRAMPOLINE_PAGES: u64 = 64;
+const IDT: u64 = TRAMPOLINES + TRAMPOLINE_PAGES;
+const SEGMENTS: u64 = IDT + 1;
+const EXCEPTION_STACK: u64 = SEGMENTS + 1;
+const SCRATCH: u64 = EXCEPTION_STACK + 1;
+const HANDED_OVER: u64 = SCRATCH + 1;
 const HANDED_OVER_PAGES: u64 = 4;
 const ASKED: u64 = HANDED_OVER + HANDED_OVER_PAGES;
 const RETURN_STACK: u64 = ASKED + 1;
@@ -84,8 +84,8 @@ pub const PORT_SLEEP: u16 = 0xF5;
 /// Port of the exit at a kernel function that means that something is broken for good.
 pub const PORT_FATAL: u16 = 0xF4;
 
-/// Port of the exits at both ends of a trampoline whose calls are journalled, and at the beginning
-/// of one whose arguments are looked at.
+/// Port of the exits at both ends of a trampoline whose calls are journalled or whose answers are
+/// told, and at the beginning of one whose arguments are looked at.
 pub const PORT_JOURNAL: u16 = 0xF6;
 
 /// Port of the exit at a fault that waits in the driver's copy, see [`super::strike`].
@@ -177,6 +177,8 @@ pub struct Monitor {
     slots: Vec<Trampoline>,
     /// Functions whose arguments are looked at.
     looked_at: HashSet<u64>,
+    /// Functions whose answers are told.
+    answering: HashSet<u64>,
     /// Functions that run with the driver's rights.
     direct: HashSet<u64>,
     handing: Handing,
@@ -231,6 +233,7 @@ impl Monitor {
             trampolines: HashMap::new(),
             slots: Vec::new(),
             looked_at: HashSet::new(),
+            answering: HashSet::new(),
             direct: HashSet::new(),
             handing: Handing::default(),
             measured: Measured::default(),

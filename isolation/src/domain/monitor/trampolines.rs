@@ -46,6 +46,8 @@ pub(super) struct Trampoline {
     journalled: bool,
     /// Its arguments are looked at.
     looked_at: bool,
+    /// What the function answers is told.
+    answers: bool,
     /// The function runs with the driver's rights.
     direct: bool,
     /// What notes the call down behind it, as an offset, if the function can wait.
@@ -59,7 +61,7 @@ impl Trampoline {
     /// `counter`, and `handing` if functions wait that can.
     fn head(self, va: u64, counter: u64, handing: bool) -> [u8; HEAD_BYTES] {
         let mut head = self.usual;
-        if self.journalled || self.looked_at {
+        if self.journalled || self.looked_at || self.answers {
             head[..2].copy_from_slice(&out(PORT_JOURNAL));
         } else if self.direct {
             // Within reach, or the call in it could not have been assembled.
@@ -76,6 +78,14 @@ impl Trampoline {
         }
         head
     }
+
+    /// How it ends.
+    fn tail(self) -> [u8; 2] {
+        match self.journalled || self.answers {
+            true => out(PORT_JOURNAL),
+            false => [RET, 0],
+        }
+    }
 }
 
 /// An end of a trampoline that exits.
@@ -89,7 +99,10 @@ pub enum JournalPoint {
         journalled: bool,
     },
     /// The function has returned, and the driver root is loaded.
-    Leave,
+    Leave {
+        /// Its calls are journalled, and not only its answers told.
+        journalled: bool,
+    },
 }
 
 impl Monitor {
@@ -128,12 +141,13 @@ impl Monitor {
             last: code.len() as u64 - 1,
             journalled: false,
             looked_at: self.looked_at.contains(&target),
+            answers: self.answering.contains(&target),
             direct: self.direct.contains(&target),
             notes: notes.map(|_| behind),
             usual,
         };
         self.slots.push(slot);
-        self.put_head(self.slots.len() - 1);
+        self.put_ends(self.slots.len() - 1);
         Ok(va)
     }
 
@@ -159,6 +173,22 @@ impl Monitor {
         self.looked_at = functions;
     }
 
+    /// Has the calls of these functions exit when they begin and when they return, whether they are
+    /// journalled or not, and no others for that. P does not run meanwhile.
+    pub fn tell_answers(&mut self, functions: HashSet<u64>) {
+        for index in 0..self.slots.len() {
+            let slot = &mut self.slots[index];
+            slot.answers = functions.contains(&slot.target);
+            self.put_ends(index);
+        }
+        self.answering = functions;
+    }
+
+    /// Whether the function's answers are told.
+    pub fn answers(&self, function: u64) -> bool {
+        self.answering.contains(&function)
+    }
+
     /// Has the calls of the functions that `wanted` picks exit when they begin and when they
     /// return, and no others. P does not run meanwhile.
     pub fn journal(&mut self, wanted: impl Fn(u64) -> bool) {
@@ -169,13 +199,7 @@ impl Monitor {
                 continue;
             }
             self.slots[index].journalled = journalled;
-            let va = self.slot_va(index);
-            let tail = match journalled {
-                true => out(PORT_JOURNAL),
-                false => [RET, 0],
-            };
-            self.put_head(index);
-            self.put_code(va + trampoline.last, &tail);
+            self.put_ends(index);
         }
     }
 
@@ -200,11 +224,12 @@ impl Monitor {
         let within = offset % TRAMPOLINE_SLOT_BYTES;
         let is_at = |point: u64| within == point || within == point + 2;
         let journalled = trampoline.journalled;
-        let point = if is_at(0) && (journalled || trampoline.looked_at) {
+        let answers = trampoline.answers;
+        let point = if is_at(0) && (journalled || trampoline.looked_at || answers) {
             let resume = self.slot_va(index) + trampoline.first;
             JournalPoint::Enter { resume, journalled }
-        } else if is_at(trampoline.last) && journalled {
-            JournalPoint::Leave
+        } else if is_at(trampoline.last) && (journalled || answers) {
+            JournalPoint::Leave { journalled }
         } else {
             return None;
         };
@@ -222,6 +247,13 @@ impl Monitor {
         let counter = self.data(SCRATCH, DIRECT_CALLS);
         let head = self.slots[index].head(va, counter, self.handing.on);
         self.put_code(va, &head);
+    }
+
+    /// Makes the trampoline of this slot begin and end as it is to.
+    fn put_ends(&mut self, index: usize) {
+        let slot = self.slots[index];
+        self.put_head(index);
+        self.put_code(self.slot_va(index) + slot.last, &slot.tail());
     }
 
     /// Makes the trampolines of functions that can wait begin as they are to.
@@ -363,7 +395,7 @@ mod tests {
         for rip in [last, last + 2] {
             assert_eq!(
                 monitor.journal_point(rip),
-                Some((seen, JournalPoint::Leave))
+                Some((seen, JournalPoint::Leave { journalled: true }))
             );
         }
         monitor.journal(|_| false);

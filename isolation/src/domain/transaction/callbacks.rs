@@ -90,6 +90,7 @@ impl Call<'_> {
             return Ok(Step::Violation(kind, callback.function));
         }
         self.note(|| Happened::CallBackReturned);
+        self.was_returned_to = true;
         self.domain.monitor.resume_at(callback.return_address);
         let mut next = *regs;
         next.rip = self.domain.monitor.kernel_stub();

@@ -196,6 +196,8 @@ impl<'a> Call<'a> {
             return_slot: (Pfn(0), 0),
             host_written,
             callbacks: Vec::new(),
+            was_returned_to: false,
+            answers: super::answers::Answers::default(),
             stacks,
             posted,
             hands_over: false,

@@ -166,6 +166,7 @@ impl Call<'_> {
     pub(super) fn stats_crossed(&self) -> bool {
         self.domain.monitor.kernel_calls() != self.domain.crossings_at_entry
             || self.stats.callbacks > 0
+            || self.was_returned_to
     }
 
     /// Takes the call back, as one that failed, unless that is only suspected: then it is run once

@@ -22,7 +22,7 @@ const MOST_DOUBLINGS: u32 = 6;
 
 /// How it went with the calls of one function.
 #[derive(Debug, Clone, Copy, Default)]
-pub(in crate::domain) struct Refusals {
+pub(crate) struct Refusals {
     in_a_row: u32,
     rest: u32,
     doublings: u32,
@@ -30,14 +30,14 @@ pub(in crate::domain) struct Refusals {
 
 impl Refusals {
     /// Whether the call that begins is to be tried.
-    pub(super) fn begins(&mut self) -> bool {
+    pub(crate) fn begins(&mut self) -> bool {
         let rests = self.rest > 0;
         self.rest = self.rest.saturating_sub(1);
         !rests
     }
 
     /// The call that was tried has ended, and it was worth it, or not.
-    pub(super) fn ended(&mut self, accepted: bool) {
+    pub(crate) fn ended(&mut self, accepted: bool) {
         if accepted {
             *self = Self::default();
             return;

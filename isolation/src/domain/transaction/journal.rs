@@ -76,13 +76,7 @@ impl Call<'_> {
         let Some((function, point)) = self.domain.monitor.journal_point(regs.rip) else {
             return Ok(Step::Violation(ViolationKind::Shutdown, regs.rip));
         };
-        let journalled = !matches!(
-            point,
-            JournalPoint::Enter {
-                journalled: false,
-                ..
-            }
-        );
+        let (JournalPoint::Enter { journalled, .. } | JournalPoint::Leave { journalled }) = point;
         if journalled {
             // Two for each call that is kept, of which there is a limit of its own.
             self.detours = self.detours.saturating_sub(1);
@@ -98,10 +92,13 @@ impl Call<'_> {
             ..*regs
         };
         let next = match point {
-            JournalPoint::Leave => {
+            JournalPoint::Leave { .. } => {
                 self.see_callers()?;
                 self.note(|| Happened::CallReturned);
-                self.journal_leave(rsp, regs.rax);
+                if journalled {
+                    self.journal_leave(rsp, regs.rax);
+                }
+                self.answer_leave(rsp, regs.rax);
                 returned
             }
             JournalPoint::Enter { resume, .. } => {
@@ -124,6 +121,7 @@ impl Call<'_> {
                 match crossing {
                     Crossing::Later => kvm_regs { rax: 0, ..returned },
                     Crossing::Call => {
+                        self.answer_enter(call, rsp);
                         self.domain.monitor.keep_r11(regs.r11);
                         kvm_regs {
                             rip: resume,

@@ -46,6 +46,7 @@ use super::violation::ViolationKind;
 use crate::guest::addr::GvaRange;
 use crate::policy::diff::PageMask;
 
+mod answers;
 mod begin;
 mod call;
 mod callbacks;
@@ -72,11 +73,12 @@ mod time;
 pub use call::{
     AbortPhases, CallEnd, CallRequest, CallResult, CallStats, DeviceStore, PassThroughReason,
 };
-pub(super) use handing_over::Refusals;
+pub(crate) use handing_over::Refusals;
 pub use spilled_call::SpilledCall;
 pub(super) use stack_guard::WrittenByKernel;
 pub use time::CallTime;
 
+use answers::Answers;
 use callbacks::Callback;
 use device::{Overwritten, PostedWrite};
 use stack_guard::Watch;
@@ -125,6 +127,10 @@ pub(super) struct Call<'a> {
     /// Pages written by the host on P's behalf, which KVM does not know of.
     host_written: Vec<Pfn>,
     callbacks: Vec<Callback>,
+    /// The driver has returned to the kernel function that had called it back, which went on with
+    /// rights of its own.
+    was_returned_to: bool,
+    answers: Answers,
     /// The stack it was entered on, and those on which the kernel has called the driver back.
     stacks: Vec<GvaRange>,
     posted: Vec<PostedWrite>,

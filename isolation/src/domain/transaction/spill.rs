@@ -97,8 +97,9 @@ impl Call<'_> {
         };
         let gate_slot = gate_slot.slot;
         let frame_bytes = size_of::<CrossingFrame>() + size_of::<ReturnSlot>();
-        let frames_bytes =
-            frames.len() * frame_bytes + self.callbacks.len() * size_of::<Callback>();
+        let frames_bytes = frames.len() * frame_bytes
+            + self.callbacks.len() * size_of::<Callback>()
+            + self.answers.bytes();
         let mut kept = self.domain.host_memory.nothing();
         if !kept.grow(SPILLED_BYTES + 2 * frames_bytes as u64) {
             return Ok(None);
@@ -126,6 +127,7 @@ impl Call<'_> {
             return_address: self.return_address,
             return_slot: self.return_slot,
             callbacks: std::mem::take(&mut self.callbacks),
+            answers: std::mem::take(&mut self.answers),
             stacks: std::mem::take(&mut self.stacks),
             _kept: kept,
             journal: self.journal.take(),
@@ -144,6 +146,7 @@ impl Call<'_> {
         self.return_slot = spilled.return_slot;
         self.callbacks = spilled.callbacks.clone();
         self.stacks = spilled.stacks.clone();
+        self.answers = spilled.answers.clone();
         if let Some(reason) = self.prepare()? {
             return Ok(Some(reason));
         }
@@ -158,6 +161,8 @@ impl Call<'_> {
                 .called_back(callback.function, callback.arguments);
         }
         self.supervisor.returned(self.request.regs.rax);
+        self.tell_answers();
+        self.answer_leave(returned.rsp, self.request.regs.rax);
         let monitor = &mut self.domain.monitor;
         if !monitor.resume_with(outer, returned.return_address) {
             return Err(DomainError::Internal("crossings nested too deep"));

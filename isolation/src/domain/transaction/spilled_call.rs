@@ -2,6 +2,7 @@
 
 use kvm_bindings::kvm_regs;
 
+use super::answers::Answers;
 use super::callbacks::Callback;
 use super::time::CallTime;
 use crate::domain::effects::KernelCall;
@@ -29,6 +30,7 @@ pub struct SpilledCall {
     pub(super) return_address: u64,
     pub(super) return_slot: (Pfn, usize),
     pub(super) callbacks: Vec<Callback>,
+    pub(super) answers: Answers,
     pub(super) stacks: Vec<GvaRange>,
     /// What is charged for it, its journal left aside.
     pub(super) _kept: Kept,

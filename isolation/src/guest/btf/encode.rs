@@ -113,6 +113,7 @@ impl Encoder {
             ("object_size", int, 4),
             ("offset", int, 8),
             ("name", pointer, 16),
+            ("refcount", int, 24),
         ];
         self.structure("kmem_cache", 64, &cache);
         self.enumeration_of("pageflags", &[("PG_slab", 9), ("PG_head", 16)]);

@@ -4,7 +4,9 @@
 
 use std::collections::HashMap;
 
+use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::phys::GuestPhys;
 use crate::policy::range_table::{Object, ObjectKind, RangeTable};
 
 /// Most places that are remembered of one function.
@@ -119,6 +121,35 @@ fn root(label: &str) -> &str {
     let path = path.trim_start_matches('*');
     let end = path.find(['-', '.', '[', ')']);
     end.map_or(path, |end| &path[..end])
+}
+
+impl DriverPolicy {
+    /// The call, or the call-back in it that came last, is about to begin: where it will store, by
+    /// what the earlier ones of its function did. Whether it may is another question.
+    pub fn expected<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Vec<Gva> {
+        let Some(call) = self.calls.last() else {
+            return Vec::new();
+        };
+        if !self.habits.knows(&call.function) {
+            return Vec::new();
+        }
+        let near = self.near(memory, call, |argument| {
+            self.habits.is_about(&call.function, argument)
+        });
+        self.open_all(near);
+        match self.calls.last() {
+            Some(call) => self.habits.expected(&call.function, &self.table),
+            None => Vec::new(),
+        }
+    }
+
+    /// The call stores at `at`, which it may, in something that is not the driver's beyond the
+    /// call.
+    pub fn stored(&mut self, at: Gva) {
+        if let (Some(call), Some((_, object))) = (self.calls.last(), self.table.lookup(at)) {
+            self.habits.stored(&call.function, object, at);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -8,9 +8,11 @@
 //!    4. reached from the call's arguments by type     worked out where 2 and 3 did not do
 //!    5. handed out since the call began               found by comparing the two views of memory
 //!       or to an earlier call, and not given back
-//!    6. reached when the call began, not any more     the same as 4 in memory as it was then
-//!    7. of a network namespace                        counts of references, what the driver keeps in each
-//!    8. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached
+//!    6. what a kernel function answered with          in this call, by function and type
+//!    7. reached when the call began, not any more     the same as 4 in memory as it was then
+//!    8. of a network namespace                        counts of references, what the driver keeps in each
+//!    9. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached,
+//!       a list of its variables, or a slab cache that is the driver's alone
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -18,6 +20,7 @@
 //! Both views are read: the private one shows what the call did, the other one what was there
 //! when it began. The other vCPUs are held, so neither changes meanwhile.
 
+mod answers;
 mod before;
 mod habits;
 mod handed_out;
@@ -25,6 +28,8 @@ mod interfaces;
 mod kept;
 mod namespaces;
 mod opening;
+mod own_caches;
+mod own_lists;
 mod own_per_cpu;
 mod own_variables;
 mod programs;
@@ -57,6 +62,7 @@ use crate::guest::modules::ModuleLayout;
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
+use answers::Answers;
 pub use before::MemoryBefore;
 use habits::Habits;
 use handed_out::EarlierAllocations;
@@ -111,11 +117,18 @@ const MAX_CALLS: usize = 1024;
 /// Most objects that one question about a range of bytes opens.
 const MAX_STEPS: usize = 64;
 
+/// Arguments on the stack that are looked at (System V ABI, section 3.2.3).
+pub const STACK_ARGUMENTS: usize = 4;
+
+/// Those and the ones in registers.
+const ALL_ARGUMENTS: usize = REGISTER_ARGUMENTS + STACK_ARGUMENTS;
+
 /// A call in progress: whose arguments say what it may write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Call {
     function: String,
-    arguments: [u64; REGISTER_ARGUMENTS],
+    /// Those in registers, and those on the stack; 0 where they are not known.
+    arguments: [u64; ALL_ARGUMENTS],
     /// What the arguments point at is in the table.
     is_near_open: bool,
     /// What the arguments reach is in the table.
@@ -163,6 +176,8 @@ pub struct DriverPolicy {
     own_per_cpu: Option<OwnPerCpu>,
     /// What the module's code says of its variables.
     own_variables: OwnVariables,
+    /// Variables that may be heads of lists.
+    list_heads: Vec<Gva>,
     /// How BPF programs are told; `None` if there are none.
     programs: Option<Programs>,
     /// Offset of the pointer to the running thread in the per-CPU area.
@@ -170,6 +185,7 @@ pub struct DriverPolicy {
     /// Offsets in that thread.
     task_members: Vec<(&'static str, GvaRange)>,
     shared_counts: SharedCounts,
+    answers: Answers,
     interfaces: Vec<Start>,
     /// Which arguments of functions that were called are pointers to interfaces, by name.
     interface_arguments: HashMap<String, Vec<usize>>,
@@ -254,6 +270,7 @@ impl DriverPolicy {
             shared_counts: SharedCounts::new(&types),
             own_per_cpu: OwnPerCpu::new(&types, layout),
             own_variables: OwnVariables::default(),
+            list_heads: own_lists::heads(layout, symbols),
             programs: Programs::new(&types),
             completions,
             unheard: Unheard::new(&types),
@@ -267,6 +284,7 @@ impl DriverPolicy {
             per_cpu_handed_out: symbols.kernel_symbol(PER_CPU_END).map(|end| end.at.0),
             current_task: current_task.map(|symbol| symbol.at.0),
             task_members,
+            answers: Answers::new(symbols, Rules::linux()),
             interfaces: Vec::new(),
             interface_arguments: HashMap::new(),
             list,
@@ -380,12 +398,26 @@ impl DriverPolicy {
         }
         let function = function.to_owned();
         self.remember_interfaces(&function, &arguments);
+        let mut all = [0; ALL_ARGUMENTS];
+        for (place, argument) in all.iter_mut().zip(arguments) {
+            *place = argument;
+        }
         self.calls.push(Call {
             function,
-            arguments,
+            arguments: all,
             is_near_open: false,
             resolved: false,
         });
+    }
+
+    /// The call that has begun has these arguments on its stack, as far as it has any there.
+    pub fn has_on_stack(&mut self, arguments: [u64; STACK_ARGUMENTS]) {
+        if let Some(call) = self.calls.last_mut() {
+            let places = call.arguments.iter_mut().skip(REGISTER_ARGUMENTS);
+            places
+                .zip(arguments)
+                .for_each(|(place, argument)| *place = argument);
+        }
     }
 
     /// The call is over: what only it could write is closed. What was handed out to it stays the
@@ -399,6 +431,7 @@ impl DriverPolicy {
         self.slots.clear();
         self.listed = false;
         self.red_zones.clear();
+        self.answers.forget();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         let handed_out = std::mem::take(&mut self.handed_out);
@@ -417,36 +450,10 @@ impl DriverPolicy {
         self.listed = false;
         self.handed_out.clear();
         self.red_zones.clear();
+        self.answers.forget();
         self.table.end_call(self.number);
         self.number = self.number.wrapping_add(1);
         memory.before.forget();
-    }
-
-    /// The call, or the call-back in it that came last, is about to begin: where it will store, by
-    /// what the earlier ones of its function did. Whether it may is another question.
-    pub fn expected<M: GuestPhys>(&mut self, memory: &CallMemory<'_, M>) -> Vec<Gva> {
-        let Some(call) = self.calls.last() else {
-            return Vec::new();
-        };
-        if !self.habits.knows(&call.function) {
-            return Vec::new();
-        }
-        let near = self.near(memory, call, |argument| {
-            self.habits.is_about(&call.function, argument)
-        });
-        self.open_all(near);
-        match self.calls.last() {
-            Some(call) => self.habits.expected(&call.function, &self.table),
-            None => Vec::new(),
-        }
-    }
-
-    /// The call stores at `at`, which it may, in something that is not the driver's beyond the
-    /// call.
-    pub fn stored(&mut self, at: Gva) {
-        if let (Some(call), Some((_, object))) = (self.calls.last(), self.table.lookup(at)) {
-            self.habits.stored(&call.function, object, at);
-        }
     }
 
     /// Whether the call may write every byte of `range`.

@@ -1,4 +1,4 @@
-//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 8
+//! Finding a reason why a call may write somewhere, and opening what lies there: the steps 2 to 9
 //! of the parent module's picture.
 
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl DriverPolicy {
             let label = "struct page of a page of the driver's".into();
             return own && self.open(description, ObjectKind::Other, label);
         }
-        if self.open_new_allocation(memory, at) {
+        if self.open_new_allocation(memory, at) || self.open_answered(memory, one) {
             return true;
         }
         // Before it is a stray write: has the driver interfaces that no argument was about yet, has
@@ -48,7 +48,9 @@ impl DriverPolicy {
             || self.open_as_it_began(memory, one)
             || self.open_in_namespace(memory, at)
             || self.open_queued(memory, one)
-            || self.open_kept(memory, at);
+            || self.open_kept(memory, at)
+            || self.open_listed(memory, at)
+            || self.open_in_own_cache(memory, at);
         if !may {
             for (_, object) in self.table.iter() {
                 tracing::trace!("open, when {at} was not: {} {}", object.range, object.label);
@@ -333,7 +335,7 @@ impl DriverPolicy {
     }
 
     /// Asks what is reached in `virt`, a view of memory of the call that `memory` is of.
-    fn reach<M, V: GuestPhys, T>(
+    pub(super) fn reach<M, V: GuestPhys, T>(
         &self,
         virt: VirtMemory<'_, V>,
         memory: &CallMemory<'_, M>,

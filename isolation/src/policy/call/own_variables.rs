@@ -3,6 +3,7 @@
 //!
 //! ```text
 //!   mov  var(%rip), %rdi ; call kfree        what the variable points at is the module's own
+//!   mov  var(%rip), %rdi ; call kmem_cache_free    what it points at is a slab cache of the module's
 //!   lea  var(%rip), %rdi ; call idr_find     the variable is what idr_find takes: a struct idr
 //! ```
 //!
@@ -32,6 +33,9 @@ const FREES: &[&str] = &[
     "vfree",
 ];
 
+/// Functions that give up a slab cache, or an object of one, which is their first argument.
+const OF_CACHES: &[&str] = &["kmem_cache_destroy", "kmem_cache_free"];
+
 /// Most variables of each kind.
 const MAX_VARIABLES: usize = 256;
 
@@ -40,6 +44,8 @@ const MAX_VARIABLES: usize = 256;
 pub struct OwnVariables {
     /// Variables that point at memory that the module frees.
     pub freed: BTreeSet<Gva>,
+    /// Variables that point at slab caches of the module's.
+    pub caches: BTreeSet<Gva>,
     /// Where structures of the kernel's are that lead to what is the module's.
     pub structures: Vec<Start>,
     /// Structures in which it keeps things by number, with their types.
@@ -84,6 +90,9 @@ impl OwnVariables {
             Argument::Content(at) => {
                 if FREES.contains(&function) && self.freed.len() < MAX_VARIABLES {
                     self.freed.insert(at);
+                }
+                if OF_CACHES.contains(&function) && self.caches.len() < MAX_VARIABLES {
+                    self.caches.insert(at);
                 }
             }
             Argument::Address(at) => {

@@ -14,6 +14,7 @@ const IDR_FIND: u64 = 0xffff_ffff_8100_0200;
 const RHASHTABLE_DESTROY: u64 = 0xffff_ffff_8100_0300;
 const SKB_QUEUE_PURGE: u64 = 0xffff_ffff_8100_0400;
 const MUTEX_LOCK: u64 = 0xffff_ffff_8100_0500;
+const KMEM_CACHE_FREE: u64 = 0xffff_ffff_8100_0600;
 
 fn symbols() -> SymbolTable {
     let text = "\
@@ -22,6 +23,7 @@ ffffffff81000200 T idr_find
 ffffffff81000300 T rhashtable_destroy
 ffffffff81000400 T skb_queue_purge
 ffffffff81000500 T mutex_lock
+ffffffff81000600 T kmem_cache_free
 ffffffffc0001000 t first\t[m]
 ";
     read_kallsyms(text.as_bytes(), |_| true).unwrap()
@@ -135,4 +137,17 @@ proptest! {
         let data = GvaRange::new(Gva(DATA), 0x1000).unwrap();
         OwnVariables::new(&[text], &[data], &types(), &symbols(), Rules::linux());
     }
+}
+
+#[test]
+fn slab_caches_that_objects_are_given_back_to_are_found() {
+    let own = found(|a| {
+        a.mov(rdi, ptr(DATA + 32)).unwrap();
+        a.mov(rsi, rax).unwrap();
+        a.call(KMEM_CACHE_FREE).unwrap();
+        a.mov(rdi, ptr(DATA + 40)).unwrap();
+        a.call(MUTEX_LOCK).unwrap();
+    });
+    assert_eq!(own.caches, BTreeSet::from([Gva(DATA + 32)]));
+    assert!(own.freed.is_empty());
 }

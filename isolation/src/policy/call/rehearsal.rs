@@ -11,7 +11,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Call, CallMemory, DriverPolicy};
+use super::{ALL_ARGUMENTS, Call, CallMemory, DriverPolicy};
 use crate::guest::addr::Gva;
 use crate::guest::allocations::{Allocations, FindAllocation};
 use crate::guest::btf::TypeId;
@@ -56,7 +56,7 @@ impl DriverPolicy {
             asked += 1;
             let call = Call {
                 function: function.to_owned(),
-                arguments: [stand_in.0; REGISTER_ARGUMENTS],
+                arguments: [stand_in.0; ALL_ARGUMENTS],
                 is_near_open: false,
                 resolved: false,
             };

@@ -1,5 +1,6 @@
 //! Calls of a make-believe driver in a make-believe guest with a slab allocator.
 
+mod answered;
 mod handed_out;
 mod red_zones;
 mod rehearsal;
@@ -31,6 +32,31 @@ const OBJECTS: u64 = DIRECT + 0x3000;
 const DEVICE: u64 = OBJECTS + 256;
 const HEAD: u64 = DIRECT + 0x4000;
 const STACK: u64 = VMALLOC + 0x4000;
+/// Functions of the kernel's.
+const BREAD: u64 = 0xffff_ffff_8100_0000;
+const KERN_PATH: u64 = BREAD + 0x100;
+
+/// What kernel functions answer with, and links of lists, of which this returns the type.
+fn listed_and_answered(e: &mut Encoder, pointer: TypeId, int: TypeId) -> TypeId {
+    let list = e.structure(
+        "list_head",
+        16,
+        &[("next", pointer, 0), ("prev", pointer, 8)],
+    );
+    let block = [
+        ("b_state", pointer, 0),
+        ("b_size", pointer, 8),
+        ("b_data", pointer, 16),
+        ("b_count", int, 24),
+    ];
+    e.structure("buffer_head", 64, &block);
+    let inode = e.structure("inode", 64, &[("i_mode", int, 0), ("i_state", pointer, 24)]);
+    let inode = e.pointer(inode);
+    let dentry = e.structure("dentry", 64, &[("d_inode", inode, 48)]);
+    let dentry = e.pointer(dentry);
+    e.structure("path", 16, &[("mnt", pointer, 0), ("dentry", dentry, 8)]);
+    list
+}
 
 fn types() -> Arc<Btf> {
     let mut e = Encoder::new(None);
@@ -80,8 +106,10 @@ fn types() -> Arc<Btf> {
         ("ns", common, 32),
     ];
     e.structure("net", 64, &net);
+    let list = listed_and_answered(&mut e, pointer, int);
     let base = Arc::new(Btf::parse(&e.bytes(), None).unwrap());
     let mut e = Encoder::new(Some(&base));
+    e.structure("my_sap", 160, &[("list", list, 16)]);
     let device = e.pointer(base.find_struct("net_device").unwrap());
     let void = e.pointer(TypeId::VOID);
     let int = e.int("int", 4, 1);
@@ -92,6 +120,11 @@ fn types() -> Arc<Btf> {
     e.structure("my_private", 16, &[("dev", device, 0), ("ring", ring, 8)]);
     e.function("my_open", int, &[("dev", device)]);
     e.function("my_irq", int, &[("irq", int), ("data", void)]);
+    let pointers = e.pointer(void);
+    let names = ["a", "b", "c", "d", "e", "f"];
+    let mut many: Vec<_> = names.iter().map(|name| (*name, int)).collect();
+    many.extend([("arg", pointers), ("dev", device)]);
+    e.function("my_change", int, &many);
     Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
 }
 
@@ -128,6 +161,7 @@ fn guest() -> TestGuest {
     put_page(&mut guest, OBJECTS, 1 << 9, CACHES[1], 1);
     put_page(&mut guest, HEAD, 0, 0, 1);
     put_page(&mut guest, PER_CPU, 0, 0, 1);
+    guest.put(Gva(CACHES[1] + 24), &words(&[1]), DATA);
     guest.put(Gva(DEVICE), &words(&[0, VARIABLES]), DATA);
     // Free objects are linked in the middle.
     guest.put(Gva(OBJECTS + 512 + 128), &words(&[0xfeed_f00d]), DATA);
@@ -138,13 +172,16 @@ fn guest() -> TestGuest {
 
 fn policy(guest: &TestGuest) -> DriverPolicy {
     let text = format!(
-        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n180 A softnet_data\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n",
+        "{:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n40 A __preempt_count\n48 A current_task\n180 A softnet_data\n{:x} D init_net\n{:x} D net_namespace_list\n{:x} d my_net_id\t[my]\n\
+         {:x} d my_list\t[my]\n{:x} d my_flag\t[my]\n{BREAD:x} T __bread_gfp\n{KERN_PATH:x} T kern_path\n",
         BASES,
         BASES + 8,
         BASES + 16,
         BASES + 32,
         NAMESPACES,
-        VARIABLES + 16
+        VARIABLES + 16,
+        VARIABLES + 0x40,
+        VARIABLES + 0x60,
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     let sections = [
@@ -285,6 +322,31 @@ fn references_to_network_namespaces_are_counted_and_what_a_driver_keeps_in_each_
     guest.put(Gva(other + 16), &words(&[8, u64::MAX]), DATA);
     guest.put(Gva(VARIABLES + 16), &words(&[u64::MAX]), DATA);
     assert!(!ask(&mut policy, &guest, &guest, kept, 8));
+}
+
+/// `u32_change` of Linux 6.12.
+#[test]
+fn what_arguments_on_the_stack_point_at_may_be_written() {
+    let guest = guest();
+    let mut policy = policy(&guest);
+    policy.begin("my_change", [STACK + 0x200; 6]);
+    assert!(
+        !ask(&mut policy, &guest, &guest, STACK + 0x200, 8),
+        "numbers"
+    );
+    policy.end(true);
+    policy.begin("my_change", [0; 6]);
+    policy.has_on_stack([STACK + 0x200, DEVICE, STACK + 0x800, STACK + 0x800]);
+    let mut may = |at, bytes| ask(&mut policy, &guest, &guest, at, bytes);
+    assert!(may(STACK + 0x200, 8) && may(DEVICE, 96));
+    assert!(!may(STACK + 0x800, 8), "there are no more arguments");
+    policy.end(true);
+    policy.begin("my_open", [DEVICE, 0, 0, 0, 0, 0]);
+    policy.has_on_stack([STACK + 0x200; STACK_ARGUMENTS]);
+    assert!(
+        !ask(&mut policy, &guest, &guest, STACK + 0x200, 8),
+        "it has one"
+    );
 }
 
 #[test]

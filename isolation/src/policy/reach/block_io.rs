@@ -79,24 +79,37 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         };
         let size = self.reach.types.size_of(piece).unwrap_or(0);
         let (mut skipped, mut left) = (part.skipped, part.bytes.unwrap_or(u64::MAX));
+        // Pieces that follow each other are one.
+        let mut run: Option<GvaRange> = None;
         for index in (part.first..).take(part.pieces.min(MAX_PIECES) as usize) {
             let at = index
                 .checked_mul(size)
                 .and_then(|offset| Gva(array).checked_add(offset));
             let Some((first, bytes)) = at.and_then(|at| self.piece(piece, at)) else {
-                return;
+                break;
             };
             let bytes = bytes.saturating_sub(skipped).min(left);
             let range = first.checked_add(skipped);
             if let Some(range) = range.and_then(|first| GvaRange::new(first, bytes)) {
-                let path = format!("{}->bi_io_vec[{index}]", item.path);
-                self.add(range, ObjectKind::Passing, piece, &path);
+                let longer = run.and_then(|run| followed_by(run, range));
+                if let (None, Some(run)) = (longer, run) {
+                    self.read_into(item, piece, run);
+                }
+                run = longer.or(Some(range));
             }
             (skipped, left) = (0, left - bytes);
             if left == 0 {
-                return;
+                break;
             }
         }
+        if let Some(run) = run {
+            self.read_into(item, piece, run);
+        }
+    }
+
+    fn read_into(&mut self, item: &Item, piece: TypeId, range: GvaRange) {
+        let path = format!("{}->bi_io_vec", item.path);
+        self.add_data(range, piece, &path);
     }
 
     /// First byte and length of the piece of memory that the `bio_vec` at `at` describes.
@@ -131,4 +144,10 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
             pieces: MAX_PIECES,
         })
     }
+}
+
+/// Both of them, if the second follows the first.
+fn followed_by(first: GvaRange, second: GvaRange) -> Option<GvaRange> {
+    let next = first.last().checked_add(1)?;
+    GvaRange::inclusive(first.first(), second.last()).filter(|_| next == second.first())
 }

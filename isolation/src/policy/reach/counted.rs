@@ -55,6 +55,23 @@ fn counts(types: &Btf, id: TypeId, at: u64, nesting: usize, found: &mut Vec<GvaR
 }
 
 impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
+    /// The members of the kernel's objects that the rules say are written by who has the driver's
+    /// structure `id` of this name.
+    pub(super) fn written(&mut self, item: &Item, id: TypeId, name: &str) {
+        let rules = self.reach.rules.written.iter();
+        let members = rules.filter(|rule| rule.of == name);
+        for member in members.flat_map(|rule| rule.members) {
+            let Some(path) = self.reach.find_path(id, member) else {
+                continue;
+            };
+            let found = path.range(self.reach.types, self.reach.virt, item.at);
+            if let Some(range) = found {
+                let label = format!("{}->{member}", item.path);
+                self.add(range, ObjectKind::Other, path.type_id, &label);
+            }
+        }
+    }
+
     /// The counts of references in what the rules say of the object at hand.
     pub(super) fn counted(&mut self, item: &Item, id: TypeId, name: &str) {
         let types = self.reach.types;

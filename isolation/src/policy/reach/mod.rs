@@ -18,11 +18,14 @@
 //! The pointers are the guest's and hostile: depth, objects and reads are bounded, and what is not
 //! guest memory is left out.
 
+mod answered;
 mod arrays;
 mod block_io;
+mod chains;
 mod counted;
 mod leading;
 mod limits;
+mod listed;
 mod members;
 mod names;
 mod own;
@@ -49,14 +52,12 @@ use crate::guest::btf::{Btf, Function, Member, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
-use super::abort_value::REGISTER_ARGUMENTS;
-
 pub(in crate::policy) use counted::{member_range, reference_counts};
 pub use names::Names;
 pub use path::Path;
 pub use rules::{
-    Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
-    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules,
+    Answered, Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
+    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules, Written,
 };
 pub use slots::Slots;
 use walk::Extent;
@@ -130,14 +131,9 @@ pub struct Reach<'a, M, A> {
 }
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
-    /// What a call of `function` with these register arguments reaches, and what is reached from
+    /// What a call of `function` with these arguments, as many as are known, reaches, and what is reached from
     /// `starts`.
-    pub fn objects(
-        &self,
-        function: &Function<'_>,
-        arguments: &[u64; REGISTER_ARGUMENTS],
-        starts: &[Start],
-    ) -> Found {
+    pub fn objects(&self, function: &Function<'_>, arguments: &[u64], starts: &[Start]) -> Found {
         let mut walk = walk::Walk::new(self, Extent::All);
         self.enter_arguments(&mut walk, function, arguments, |_| true);
         for start in starts {
@@ -146,13 +142,13 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         walk.run()
     }
 
-    /// The objects alone that a call of `function` with these register arguments is about: those
+    /// The objects alone that a call of `function` with these arguments is about: those
     /// that the arguments which `wanted` picks by name point at, with what belongs to them. Part of
     /// what [`Self::objects`] finds, and far quicker.
     pub fn near_objects(
         &self,
         function: &Function<'_>,
-        arguments: &[u64; REGISTER_ARGUMENTS],
+        arguments: &[u64],
         wanted: impl Fn(&str) -> bool,
     ) -> Vec<Reached> {
         let mut walk = walk::Walk::new(self, Extent::Near);
@@ -181,7 +177,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
         &self,
         walk: &mut walk::Walk<'_, '_, M, A>,
         function: &Function<'_>,
-        arguments: &[u64; REGISTER_ARGUMENTS],
+        arguments: &[u64],
         wanted: impl Fn(&str) -> bool,
     ) {
         let names = function

@@ -38,6 +38,18 @@ impl Holders {
         let (.., id) = fitting.next()?;
         fitting.next().is_none().then_some(*id)
     }
+
+    /// Whether one has it at `offset` (in bytes) for which an allocator may well have handed out
+    /// `room` bytes: it takes more than half of them.
+    pub(super) fn may_be_one(&self, offset: u64, room: u64) -> bool {
+        let from = self.0.partition_point(|(at, ..)| *at < offset);
+        let mut there = self
+            .0
+            .iter()
+            .skip(from)
+            .take_while(|(at, ..)| *at == offset);
+        there.any(|(_, bytes, _)| *bytes <= room && bytes.saturating_mul(2) > room)
+    }
 }
 
 /// The module's structures that have a pointer of type `of *`, the largest first, those of one size

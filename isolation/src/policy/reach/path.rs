@@ -1,6 +1,6 @@
 //! Members behind pointers behind members.
 
-use crate::guest::addr::Gva;
+use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::btf::{Btf, Kind, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
@@ -47,6 +47,17 @@ impl Path {
     pub fn holder_at<M: GuestPhys>(&self, virt: VirtMemory<'_, M>, start: Gva) -> Option<Gva> {
         let step = |at: Gva, offset: &u64| virt.read_u64(at.checked_add(*offset)?).ok().map(Gva);
         self.before.iter().try_fold(start, step)
+    }
+
+    /// Where the last member is, beginning at the structure at `start`.
+    pub fn range<M: GuestPhys>(
+        &self,
+        types: &Btf,
+        virt: VirtMemory<'_, M>,
+        start: Gva,
+    ) -> Option<GvaRange> {
+        let at = self.holder_at(virt, start)?.checked_add(self.last)?;
+        GvaRange::new(at, types.size_of(self.type_id)?)
     }
 
     /// The pointer that is the last member.

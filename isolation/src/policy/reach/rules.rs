@@ -196,6 +196,9 @@ pub struct Chained {
     pub of: &'static str,
     /// The member that has the next.
     pub next: &'static str,
+    /// A structure that is a list of them, and its member that has the first.
+    #[serde(borrow)]
+    pub list: Option<[&'static str; 2]>,
 }
 
 /// A member that kernel functions keep in a structure that is otherwise the driver's to write.
@@ -206,6 +209,46 @@ pub struct KernelsMember {
     pub of: &'static str,
     /// The member.
     pub member: &'static str,
+}
+
+/// Members of the kernel's objects that inline functions write, behind pointers in a structure of
+/// the driver's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Written {
+    /// The structure.
+    pub of: &'static str,
+    /// The members, paths from it ([`Path::find`](super::Path::find)).
+    #[serde(default, deserialize_with = "kept")]
+    pub members: &'static [&'static str],
+}
+
+/// An object that kernel functions answer a driver with, of which it, or an inline function that
+/// became part of it, writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Answered {
+    /// The functions, by all names that they have had.
+    #[serde(default, deserialize_with = "kept")]
+    pub by: &'static [&'static str],
+    /// The argument, from 0, that points at where they put the pointer to the object; without one
+    /// they return it.
+    pub argument: Option<u8>,
+    /// What that points at, and the member of it with the pointer; without one it points at the
+    /// pointer itself.
+    #[serde(borrow)]
+    pub member: Option<[&'static str; 2]>,
+    /// The object.
+    pub is: &'static str,
+    /// What of it is written, paths from it ([`Path::find`](super::Path::find)).
+    #[serde(default, deserialize_with = "kept")]
+    pub also: &'static [&'static str],
+    /// Its members with the address of a buffer that is written, and with the buffer's bytes.
+    #[serde(borrow)]
+    pub buffer: Option<[&'static str; 2]>,
+    /// It is the driver's to write as what the driver's own structures have pointers to.
+    #[serde(default)]
+    pub whole: bool,
 }
 
 /// What of the kernel's structures is a driver's own.
@@ -266,6 +309,12 @@ pub struct Rules {
     /// driver's, if only one of its structures can be.
     #[serde(default, deserialize_with = "kept")]
     pub parts: &'static [&'static str],
+    /// Members of the kernel's objects that are written.
+    #[serde(default, deserialize_with = "kept")]
+    pub written: &'static [Written],
+    /// What kernel functions answer drivers with.
+    #[serde(default, deserialize_with = "kept")]
+    pub answered: &'static [Answered],
     /// What a driver keeps in each network namespace by a number in a structure of its own.
     #[serde(default, deserialize_with = "kept")]
     pub in_namespaces: &'static [InNamespace],

@@ -12,6 +12,7 @@ use crate::guest::allocations::{Allocation, AllocationKind};
 use crate::guest::btf::encode::Encoder;
 use crate::guest::paging::testing::{TestGuest, TestMemory};
 use crate::guest::paging::{Entry, Levels};
+use crate::policy::abort_value::REGISTER_ARGUMENTS;
 
 const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
 const DEVICE: u64 = 0xffff_8880_0001_0000;
@@ -365,7 +366,7 @@ proptest! {
         for name in ["my_xmit", "my_stats", "my_poll", "my_irq"] {
             let function = types.find_function(name).unwrap();
             let found = reach.objects(&function, &[PACKET, DEVICE, PACKET, DEVICE, 1, 2], &[]).objects;
-            prop_assert!(found.len() <= MAX_OBJECTS);
+            prop_assert!(found.len() <= MAX_OBJECTS + walk::MAX_DATA);
             prop_assert!(found.iter().all(|object| object.label.len() <= 200));
         }
     }

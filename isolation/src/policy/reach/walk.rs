@@ -13,8 +13,9 @@ use crate::policy::range_table::ObjectKind;
 /// Most elements of an array whose length the guest says.
 const MAX_COUNT: u64 = 4096;
 
-/// Most structures of a chain that are looked at (`BLK_MAX_REQUEST_COUNT`, include/linux/blkdev.h).
-const MAX_CHAINED: usize = 32;
+/// Most pieces of memory that block I/Os read into of one question, besides other objects: a chain
+/// of requests has thousands.
+pub(super) const MAX_DATA: usize = 1 << 14;
 
 /// Most bytes of a buffer on a stack: most are shorter, as compilers warn of whole frames from 1 or
 /// 2 KiB on (`CONFIG_FRAME_WARN`).
@@ -56,6 +57,8 @@ pub(super) struct Walk<'a, 'r, M, A> {
     pub(super) queue: VecDeque<Item>,
     seen: HashSet<(Gva, TypeId)>,
     found: Vec<Reached>,
+    /// How many of these block I/Os read into.
+    data: usize,
     /// Where in `found` each range is.
     ranges: HashMap<GvaRange, usize>,
     pub(super) arrays: Vec<Gva>,
@@ -72,6 +75,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             queue: VecDeque::new(),
             seen: HashSet::new(),
             found: Vec::new(),
+            data: 0,
             ranges: HashMap::new(),
             arrays: Vec::new(),
             queues: Vec::new(),
@@ -107,10 +111,11 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         while let Some(item) = self.queue.pop_front() {
             self.look_at(&item);
         }
-        if self.found.len() >= MAX_OBJECTS || self.members_left == 0 {
+        if self.objects() >= MAX_OBJECTS || self.data >= MAX_DATA || self.members_left == 0 {
             tracing::debug!(
-                "not all that a call reaches was looked at: {} objects, {} members left",
-                self.found.len(),
+                "not all that a call reaches was looked at: {} objects, {} pieces of memory, {} members left",
+                self.objects(),
+                self.data,
                 self.members_left
             );
         }
@@ -135,7 +140,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         let too_far = self.extent == Extent::Near && depth > 0;
         if !plausible
             || too_far
-            || self.found.len() + self.queue.len() >= MAX_OBJECTS
+            || self.objects() + self.queue.len() >= MAX_OBJECTS
             || types.has_tag(type_id, &FOREIGN)
         {
             return false;
@@ -163,7 +168,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             // What an argument has a pointer to goes in and out by it (`struct sk_buff **`).
             Kind::Pointer(to) if item.depth == 0 && self.is_structure(to) => {
                 self.add_numbers(item, id, self.rest(item.at));
-                self.push_chain(item, to);
+                self.push_chain(item, item.at, to);
             }
             // Numbers, pointers and void: an array up to the end of what was allocated.
             _ => self.add_numbers(item, id, self.rest(item.at)),
@@ -183,6 +188,9 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         self.followed(item, id, name);
         self.per_cpu(item, id, name);
         self.in_namespace(item, id, name);
+        if self.extent == Extent::All {
+            self.written(item, id, name);
+        }
     }
 
     /// Looks at a structure of the kernel's, of which only rules lead on.
@@ -224,6 +232,7 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         }
         self.packet_data(item, id, name);
         self.block_io(item, id, name);
+        self.chain_of_list(item, id, name);
         self.page(item, id, name);
         self.pooled(item, id, name);
         self.private_area(item, id, name, bytes, rest);
@@ -233,33 +242,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
         if self.extent == Extent::All {
             self.counted(item, id, name);
         }
-    }
-
-    /// Goes on with the structure that an argument's pointer points at, and those behind it.
-    fn push_chain(&mut self, item: &Item, to: TypeId) {
-        let mut target = self.read_word(item.at);
-        for _ in 0..MAX_CHAINED {
-            let Some(at) = target.filter(|at| *at != 0).map(Gva) else {
-                break;
-            };
-            self.push(Item {
-                at,
-                type_id: to,
-                path: format!("*{}", item.path),
-                depth: item.depth,
-                kind: item.kind,
-            });
-            target = self.next_in_chain(at, to);
-        }
-    }
-
-    /// What comes behind the structure of type `of` at `at`, if such structures are in chains.
-    fn next_in_chain(&self, at: Gva, of: TypeId) -> Option<u64> {
-        let (id, _) = self.reach.types.resolve(of)?;
-        let name = self.reach.types.name(id);
-        let mut rules = self.reach.rules.chained.iter();
-        let rule = rules.find(|rule| rule.of == name)?;
-        self.member_value(at, id, rule.next)
     }
 
     /// Takes what is at an object and behind it in the `rest` of its allocation; on a stack, one of
@@ -436,12 +418,29 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
     }
 
     pub(super) fn add(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) {
+        if self.objects() < MAX_OBJECTS {
+            self.put(range, kind, id, path);
+        }
+    }
+
+    /// Takes memory that a block I/O reads into, if its first byte is memory.
+    pub(super) fn add_data(&mut self, range: GvaRange, id: TypeId, path: &str) {
+        if self.data < MAX_DATA && self.put(range, ObjectKind::Passing, id, path) {
+            self.data += 1;
+        }
+    }
+
+    /// How many objects were found that are no such memory.
+    fn objects(&self) -> usize {
+        self.found.len() - self.data
+    }
+
+    fn put(&mut self, range: GvaRange, kind: ObjectKind, id: TypeId, path: &str) -> bool {
         let mut byte = [0];
-        if self.found.len() >= MAX_OBJECTS
-            || self.ranges.contains_key(&range)
-            || self.reach.virt.read(range.first(), &mut byte).is_err()
-        {
-            return;
+        let is_new = !self.ranges.contains_key(&range)
+            && self.reach.virt.read(range.first(), &mut byte).is_ok();
+        if !is_new {
+            return false;
         }
         let mut label = format!("{} ({path})", self.reach.types.type_name(id));
         if label.len() > MAX_LABEL {
@@ -458,5 +457,6 @@ impl<'a, 'r, M: GuestPhys, A: FindAllocation> Walk<'a, 'r, M, A> {
             label,
             layout: None,
         });
+        true
     }
 }

@@ -1,6 +1,7 @@
 //! Where drivers of several kinds keep what is theirs: behind a block I/O, in a structure without a
 //! way back, in per-CPU memory, in a ring of pointers.
 
+mod chains;
 mod network;
 
 use std::sync::Arc;
@@ -72,7 +73,10 @@ fn types() -> Arc<Btf> {
     let queue = e.pointer(queue);
     let request = [("bio", bio, 0), ("q", queue, 8), ("rq_next", word, 16)];
     let request = e.structure("request", 32, &request);
-    e.pointer(request);
+    let requests = e.pointer(request);
+    let list = [("head", requests, 0), ("tail", requests, 8)];
+    let list = e.structure("rq_list", 16, &list);
+    e.pointer(list);
     e.structure("ptr_ring", 32, &[("queue", voids, 8)]);
     let array = e.structure("xarray", 16, &[("xa_head", void, 8)]);
     e.structure("idr", 24, &[("idr_rt", array, 8)]);
@@ -183,6 +187,8 @@ fn types() -> Arc<Btf> {
     e.function("my_complete", TypeId::VOID, &[("rq", request)]);
     let requests = e.pointer(request);
     e.function("my_complete_all", TypeId::VOID, &[("rqs", requests)]);
+    let list = pointer(&mut e, "rq_list");
+    e.function("my_complete_list", TypeId::VOID, &[("rqs", list)]);
     e.function("my_init", int, &[("dev", device)]);
     Arc::new(Btf::parse(&e.bytes(), Some(base)).unwrap())
 }
@@ -285,8 +291,10 @@ fn all_requests_of_a_chain_are_the_drivers_that_is_given_the_chain() {
     ] {
         guest.put(Gva(at), &word.to_le_bytes(), DATA);
     }
-    let found = call(&guest, "my_complete_all", first_of);
-    assert!(found.contains(&piece) && found.contains(&(second, 32)));
+    for function in ["my_complete_all", "my_complete_list"] {
+        let found = call(&guest, function, first_of);
+        assert!(found.contains(&piece) && found.contains(&(second, 32)));
+    }
     // What was once behind a request that comes alone is somebody else's.
     let found = call(&guest, "my_complete", REQUEST);
     assert!(!found.contains(&piece) && !found.contains(&(second, 32)));

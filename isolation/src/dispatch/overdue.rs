@@ -1,0 +1,132 @@
+//! Timers whose calls take longer, isolated, than the time that they are armed for: when such a call
+//! ends it is due again, and the processor never gets to anything else (`__run_timers`, which goes
+//! on for as long as a timer has expired).
+//!
+//! ```text
+//!   timer ─► call, isolated ─────────────► timer ─► call, isolated ────────────►   nothing in between: overdue
+//!   timer ─► call ►     guest     timer ─► call ►     guest     timer ─► call ►    run by the guest for a while
+//! ```
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use crate::domain::transaction::Refusals;
+
+/// Where the guest has had less than this part of the time that calls took, it got to nothing.
+const LEAST_PART: u32 = 16;
+/// Most timers that are known at a time; all are forgotten when there are more.
+const MAX_TIMERS: usize = 256;
+
+/// Its last call.
+#[derive(Debug, Clone, Copy)]
+struct Last {
+    begun: Instant,
+    /// Time of all isolated calls of timers until then.
+    spent: Duration,
+}
+
+/// The timers of a module.
+#[derive(Debug, Default)]
+pub(crate) struct Timers {
+    /// Time of all isolated calls of timers.
+    spent: Duration,
+    /// By the gate of the function and its argument.
+    last: HashMap<(u64, u64), Last>,
+    /// How it went with the calls of each function.
+    went: HashMap<u64, Refusals>,
+}
+
+impl Timers {
+    /// The timer `argument` calls the function with its gate at `gate`: whether that is to be
+    /// isolated. It is not where the last calls in a row left the guest no time to speak of.
+    pub fn begins(&mut self, gate: u64, argument: u64, now: Instant) -> bool {
+        let timer = (gate, argument);
+        if self.last.len() >= MAX_TIMERS && !self.last.contains_key(&timer) {
+            self.last.clear();
+        }
+        let begun = Last {
+            begun: now,
+            spent: self.spent,
+        };
+        let last = self.last.insert(timer, begun);
+        let went = self.went.entry(gate).or_default();
+        if let Some(last) = last {
+            let spent = self.spent.saturating_sub(last.spent);
+            let all = now.saturating_duration_since(last.begun);
+            // Where the guest has run it itself there is nothing to be learnt.
+            if !spent.is_zero() {
+                went.ended(all.saturating_sub(spent) >= spent / LEAST_PART);
+            }
+        }
+        went.begins()
+    }
+
+    /// An isolated call of a timer has ended, and took so long.
+    pub fn ended(&mut self, took: Duration) {
+        self.spent = self.spent.saturating_add(took);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GATE: u64 = 0xffff_ffff_c000_0000;
+
+    /// Calls of timers by turns, each of which takes `call` if it is isolated and then leaves the
+    /// guest `between`: how many of 200 are isolated.
+    fn isolated(timers: &mut Timers, call: u64, between: u64, arguments: &[u64]) -> usize {
+        let mut now = Instant::now();
+        let mut count = 0;
+        for argument in arguments.iter().cycle().take(200) {
+            if timers.begins(GATE, *argument, now) {
+                timers.ended(Duration::from_millis(call));
+                now += Duration::from_millis(call);
+                count += 1;
+            }
+            now += Duration::from_millis(between);
+        }
+        count
+    }
+
+    #[test]
+    fn a_timer_that_leaves_the_guest_no_time_is_run_by_the_guest_for_ever_longer() {
+        let mut timers = Timers::default();
+        assert!(isolated(&mut timers, 160, 1, &[1]) <= 20);
+        assert!(isolated(&mut timers, 160, 1, &[1]) <= 10);
+        // It is isolated again once it leaves time, at the latest when it is tried next.
+        let more = (0..100).map(|_| isolated(&mut timers, 1, 15, &[1]));
+        assert_eq!(more.last(), Some(200));
+    }
+
+    #[test]
+    fn so_are_several_by_turns() {
+        let mut timers = Timers::default();
+        assert!(isolated(&mut timers, 160, 1, &[1, 2, 3]) <= 30);
+    }
+
+    #[test]
+    fn timers_that_leave_time_and_those_that_expire_together_are_isolated() {
+        let mut timers = Timers::default();
+        assert_eq!(isolated(&mut timers, 10, 5, &[1]), 200);
+        // Forty at once, each of which is due only much later.
+        let mut now = Instant::now();
+        for _ in 0..10 {
+            for timer in 0..40 {
+                assert!(timers.begins(GATE, timer, now));
+                timers.ended(Duration::from_millis(1));
+                now += Duration::from_millis(1);
+            }
+            now += Duration::from_millis(100);
+        }
+    }
+
+    #[test]
+    fn only_so_many_timers_are_remembered() {
+        let mut timers = Timers::default();
+        for timer in 0..3 * MAX_TIMERS as u64 {
+            timers.begins(GATE, timer, Instant::now());
+        }
+        assert!(timers.last.len() <= MAX_TIMERS);
+    }
+}
