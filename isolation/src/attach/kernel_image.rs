@@ -93,17 +93,16 @@ impl<'a> Kernel<'a> {
             .rev()
             .find_map(|part| self.symbols_in(*part))
             .ok_or("its symbols are not found in its memory")?;
-        let named = |name: &str| symbols.address(name).map(Gva);
+        let names = ["linux_banner", "__start_BTF", "__stop_BTF"];
+        let [banner, first_type, last_type] = symbols.addresses(names).map(|at| at.map(Gva));
         // The addresses are those of the kernel as it runs if what is there is what should be.
-        let banner = named("linux_banner").ok_or("it has no banner")?;
+        let banner = banner.ok_or("it has no banner")?;
         let words = self.virt.read_vec(banner, BANNER.len());
         if words.ok().as_deref() != Some(BANNER) {
             return Err("its symbols are not where its tables say");
         }
-        let types = match (named("__start_BTF"), named("__stop_BTF")) {
-            (Some(first), Some(end)) => self.types(first, end),
-            _ => None,
-        };
+        let types = first_type.zip(last_type);
+        let types = types.and_then(|(first, end)| self.types(first, end));
         Ok(KernelImage { symbols, types })
     }
 

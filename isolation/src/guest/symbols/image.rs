@@ -60,10 +60,17 @@ impl TableSymbols {
         })
     }
 
-    /// The first one of this name.
-    pub fn address(&self, name: &str) -> Option<u64> {
-        let mut found = self.iter().filter(|symbol| symbol.name == name);
-        found.next().map(|symbol| symbol.address)
+    /// For each of these names the address of the first symbol that has it.
+    pub fn addresses<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
+        let mut found = [None; N];
+        for symbol in self.iter() {
+            for (name, address) in names.iter().zip(&mut found) {
+                if address.is_none() && symbol.name == *name {
+                    *address = Some(symbol.address);
+                }
+            }
+        }
+        found
     }
 }
 
@@ -96,7 +103,7 @@ pub fn symbols_in_image(image: &[u8]) -> Result<TableSymbols, &'static str> {
 
 /// Where the tokens' digits are in `bytes`, if they are there: what a search begins with.
 pub fn find_digits(bytes: &[u8]) -> Option<usize> {
-    memmem::rfind(bytes, DIGITS)
+    memmem::find(bytes, DIGITS)
 }
 
 /// How long what [`find_digits`] looks for is, in bytes.
@@ -401,8 +408,8 @@ mod tests {
                 assert!(symbols.iter().zip(&names).all(|(symbol, name)| {
                     (symbol.kind, symbol.name, symbol.module) == ('T', *name, None)
                 }));
-                assert_eq!(symbols.address("f600"), Some(base + 9600));
-                assert_eq!(symbols.address("f601"), None);
+                let some = symbols.addresses(["f600", "f601", "f1"]);
+                assert_eq!(some, [Some(base + 9600), None, Some(base + 16)]);
             }
         }
         for no_kernel in [
