@@ -447,7 +447,7 @@ fn who_attaches_waits_for_a_switch_in_which_drivers_have_their_time() {
         });
         let mac = MacAddress([2, 0, 0, 0, 0, 3]);
         let own = &host;
-        let attach = scope.spawn(move || own.attach(name("third"), mac, theirs));
+        let attach = scope.spawn(move || own.attach((name("third"), mac), None, theirs));
         for _ in 0..2 {
             let said: Welcome = read_line(&ours, Duration::from_secs(120)).unwrap();
             assert_eq!(said, Welcome::Wait {});

@@ -21,10 +21,23 @@ use crate::options::{MacAddress, VmName};
 const GONE_TIME: Duration = Duration::from_secs(1);
 
 impl<C: Card> Host<C> {
-    /// Attaches `vm`, whose VMM is at `stream`, and tells it.
-    pub fn attach(&self, vm: VmName, mac: MacAddress, stream: UnixStream) -> anyhow::Result<()> {
+    /// Attaches `vm`, whose VMM is at `stream`, and tells it. A guest that goes on from a snapshot
+    /// says with a NIC of which model.
+    pub fn attach(
+        &self,
+        (vm, mac): (VmName, MacAddress),
+        goes_on: Option<&str>,
+        stream: UnixStream,
+    ) -> anyhow::Result<()> {
+        let model = self.card.name();
+        if let Some(saved) = goes_on {
+            ensure!(
+                saved == model,
+                "{vm} was saved with a NIC of the model {saved}, and this is a {model}"
+            );
+        }
         let (context, serial) = self.reserve(vm, mac, &stream)?;
-        let attached = self.serve(&context, serial, stream);
+        let attached = self.serve(&context, serial, goes_on.is_some(), stream);
         if attached.is_err() {
             // Where it was served this is done by who served it, before anybody can come back.
             let _ = context.share.plug(false);
@@ -37,6 +50,7 @@ impl<C: Card> Host<C> {
         &self,
         context: &Arc<ContextOf<C>>,
         serial: u64,
+        goes_on: bool,
         stream: UnixStream,
     ) -> anyhow::Result<()> {
         context.share.plug(true)?;
@@ -57,7 +71,7 @@ impl<C: Card> Host<C> {
         // The client speaks after it has read this.
         write_line(&stream, &Welcome::Ok(info))?;
         stream.set_write_timeout(None)?;
-        context.serve(serial, stream, self.keeper.clone())?;
+        context.serve((serial, goes_on), stream, self.keeper.clone())?;
         tracing::info!(vm = %context.vm, mac = %context.mac(), "attached");
         Ok(())
     }

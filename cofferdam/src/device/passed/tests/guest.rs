@@ -87,7 +87,7 @@ pub fn connect<C: Card>(
 ) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
-    host.attach(vm.parse()?, mac, theirs)?;
+    host.attach((vm.parse()?, mac), None, theirs)?;
     match welcome(&ours)? {
         Welcome::Ok(info) => Ok((ours, info)),
         Welcome::Wait {} => anyhow::bail!("it was waited for"),
