@@ -182,6 +182,12 @@ impl Serial {
         })
     }
 
+    /// Interrupts the guest with nothing to say: its driver finds no reason and goes on, and a guest
+    /// that has suspended itself and lets this port wake it is awake.
+    pub fn ring(&self) {
+        let Ok(()) = self.uart.interrupt_evt().trigger();
+    }
+
     /// Goes back to the state after power-on. The other end stays connected.
     pub fn reset(&mut self) {
         if let Err(error) = self.become_uart(SerialState::default()) {

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 
-use crate::Error;
+use crate::{Error, unzstd};
 
 /// What a package says about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -161,7 +161,7 @@ fn with_member_progress(
             match packing {
                 "" => to_the_end(&mut entry, use_tar)?,
                 ".xz" => to_the_end(&mut liblzma::read::XzDecoder::new(&mut entry), use_tar)?,
-                ".zst" => to_the_end(&mut zstd::Decoder::new(&mut entry)?, use_tar)?,
+                ".zst" => to_the_end(&mut unzstd::Decoder::new(&mut entry), use_tar)?,
                 other => {
                     let text = format!("{stem}{other}: this packing is not known");
                     return Err(io::Error::new(io::ErrorKind::InvalidData, text));

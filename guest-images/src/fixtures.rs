@@ -1,6 +1,6 @@
 //! Small packages, kernels and modules for tests, made on the spot.
 
-use std::io::Write;
+use std::io::{Read, Write};
 
 use crate::kernel::header;
 
@@ -29,15 +29,17 @@ pub fn deb_of(members: &[(&str, Vec<u8>)]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
+/// Packed by Zstandard.
+pub fn zst(content: impl Read) -> Vec<u8> {
+    ruzstd::encoding::compress_to_vec(content, ruzstd::encoding::CompressionLevel::Fastest)
+}
+
 /// A package with this `control` file and these files.
 pub fn deb(control: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
     let control = tar_of(&[("./control", control.as_bytes())]);
     deb_of(&[
         ("debian-binary", b"2.0\n".to_vec()),
-        (
-            "control.tar.zst",
-            zstd::encode_all(control.as_slice(), 1).unwrap(),
-        ),
+        ("control.tar.zst", zst(control.as_slice())),
         ("data.tar.xz", xz(&tar_of(files))),
     ])
 }

@@ -15,6 +15,8 @@ use std::io::Read;
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::{LittleEndian, elf};
 
+use crate::unzstd;
+
 /// Offsets of header fields in the file.
 pub(crate) mod header {
     pub const SETUP_SECTS: usize = 0x1F1;
@@ -54,11 +56,9 @@ pub fn extract_vmlinux(image: &[u8]) -> Result<Vmlinux, String> {
         [0xFD, b'7', b'z', b'X', b'Z', 0, ..] => liblzma::read::XzDecoder::new(packed)
             .take(MAX_UNPACKED + 1)
             .read_to_end(&mut unpacked),
-        [0x28, 0xB5, 0x2F, 0xFD, ..] => zstd::Decoder::with_buffer(packed).and_then(|d| {
-            d.single_frame()
-                .take(MAX_UNPACKED + 1)
-                .read_to_end(&mut unpacked)
-        }),
+        [0x28, 0xB5, 0x2F, 0xFD, ..] => unzstd::Decoder::new(packed)
+            .take(MAX_UNPACKED + 1)
+            .read_to_end(&mut unpacked),
         // LZ4's older format, which the kernel's build makes: blocks of 8 MiB to the end.
         [0x02, 0x21, 0x4C, 0x18, ..] => lz4_flex::frame::FrameDecoder::new(packed)
             .take(MAX_UNPACKED + 1)
@@ -259,7 +259,7 @@ mod tests {
         lz4.extend((data.len() as u32 + 2).to_le_bytes());
         lz4.extend([0xF0, data.len() as u8 - 15]);
         lz4.extend(&data);
-        let zstd = zstd::encode_all(data.as_slice(), 1).unwrap();
+        let zstd = zst(data.as_slice());
         for packed in [xz(&data), zstd, lz4] {
             let vmlinux = extract_vmlinux(&bz_image(&packed, data.len())).unwrap();
             assert_eq!(vmlinux.elf, elf);

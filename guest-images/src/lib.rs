@@ -41,6 +41,7 @@ pub mod spec;
 mod stage;
 mod stages;
 mod swept;
+mod unzstd;
 pub mod user;
 mod userland;
 

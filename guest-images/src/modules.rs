@@ -4,12 +4,12 @@
 //! the modules themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, elf};
+use crate::{Error, elf, unzstd};
 
 /// Largest module, unpacked, in bytes. Debian's largest has 8 MiB.
 pub const MAX_MODULE: u64 = 128 << 20;
@@ -175,7 +175,7 @@ pub fn read_module(file: &Path) -> Result<Vec<u8>, Error> {
     let packed = std::fs::File::open(file).map_err(Error::io(file))?;
     match file.extension().and_then(|e| e.to_str()) {
         Some("xz") => read_bounded(liblzma::read::XzDecoder::new(packed)),
-        Some("zst") => zstd::Decoder::new(packed).and_then(read_bounded),
+        Some("zst") => read_bounded(unzstd::Decoder::new(BufReader::new(packed))),
         _ => read_bounded(packed),
     }
     .map_err(Error::io(file))
@@ -216,7 +216,7 @@ pub fn modules_dep(modules: &[Module]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::module_file;
+    use crate::fixtures::{module_file, zst};
 
     fn tree() -> (tempfile::TempDir, ModuleTree) {
         let root = tempfile::tempdir().unwrap();
@@ -225,7 +225,7 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             let mut content = module_file(info.as_bytes());
             if path.extension().unwrap() == "zst" {
-                content = zstd::encode_all(content.as_slice(), 1).unwrap();
+                content = zst(content.as_slice());
             }
             std::fs::write(path, content).unwrap();
         };
@@ -276,13 +276,13 @@ mod tests {
     fn a_module_that_unpacks_to_more_than_any_has_is_refused() {
         let root = tempfile::tempdir().unwrap();
         let file = root.path().join("bomb.ko.zst");
-        let packed = zstd::encode_all(std::io::repeat(0).take(MAX_MODULE + 1), 1).unwrap();
+        let packed = zst(std::io::repeat(0).take(MAX_MODULE + 1));
         assert!(packed.len() < 1 << 20);
         std::fs::write(&file, packed).unwrap();
         let error = read_module(&file).unwrap_err().to_string();
         assert!(error.contains("bomb.ko.zst"), "{error}");
         let whole = root.path().join("whole.ko.zst");
-        std::fs::write(&whole, zstd::encode_all(&b"content"[..], 1).unwrap()).unwrap();
+        std::fs::write(&whole, zst(&b"content"[..])).unwrap();
         assert_eq!(read_module(&whole).unwrap(), b"content");
     }
 

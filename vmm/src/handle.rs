@@ -177,6 +177,22 @@ impl VmHandle {
         Ok(())
     }
 
+    /// Wakes a guest that has suspended itself to idle (`echo freeze > /sys/power/state`), if it
+    /// lets its serial port do so (`power/wakeup` of that `tty`): an interrupt that means nothing
+    /// to one that is awake. Neither the power button does that, nor any other device: a kernel
+    /// that sleeps has all interrupts off but those that are to wake it, and Linux never counts the
+    /// generic event device's among them (`drivers/acpi/evged.c`).
+    ///
+    /// # Errors
+    /// The machine has ended.
+    pub fn wake(&self) -> Result<(), Refused> {
+        if self.machine.operations().phase == Phase::Stopped {
+            return Err(Refused::Stopped);
+        }
+        self.machine.serial().ring();
+        Ok(())
+    }
+
     fn request(&self, request: Request) -> Result<(), Refused> {
         if self.machine.operations().phase == Phase::Stopped {
             return Err(Refused::Stopped);

@@ -1,4 +1,4 @@
-//! Commands to VMs that run: `list`, `status`, `pause`, `resume`, `reset`, `stop`.
+//! Commands to VMs that run: `list`, `status`, `pause`, `resume`, `reset`, `wake`, `stop`.
 
 use std::time::Duration;
 
@@ -49,6 +49,11 @@ impl VmOptions {
     /// `reset`
     pub fn reset(&self) -> anyhow::Result<Ending> {
         self.tell(&Request::Reset {})
+    }
+
+    /// `wake`
+    pub fn wake(&self) -> anyhow::Result<Ending> {
+        self.tell(&Request::Wake {})
     }
 
     fn tell(&self, request: &Request) -> anyhow::Result<Ending> {

@@ -95,6 +95,8 @@ enum Command {
     Resume(control::VmOptions),
     /// Reset a VM, as its reset button would
     Reset(control::VmOptions),
+    /// Wake a guest that has suspended itself (`echo freeze > /sys/power/state`)
+    Wake(control::VmOptions),
     /// Shut a VM down, or end it at once with --force
     Stop(control::StopOptions),
     /// Write all of a VM's state to disk, to go on from there; look at such snapshots
@@ -211,6 +213,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<Ending> {
         Command::Pause(options) => options.pause(),
         Command::Resume(options) => options.resume(),
         Command::Reset(options) => options.reset(),
+        Command::Wake(options) => options.wake(),
         Command::Stop(options) => options.run(),
         Command::Snapshot(options) => options.run(),
         Command::Mark(options) => options.run(),

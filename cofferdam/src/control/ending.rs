@@ -29,7 +29,8 @@ pub enum Forced {
     Killed(String),
 }
 
-/// Asks a guest to shut down: by its agent, or else by the power button.
+/// Asks a guest to shut down: by its agent, or else by the power button. One that has suspended
+/// itself is woken first.
 ///
 /// # Errors
 /// The VM does not answer.
@@ -37,6 +38,11 @@ pub fn ask(vm: &RunningVm) -> anyhow::Result<()> {
     let mut control = ControlClient::to(vm, ANSWER_TIME)?;
     // A process that is stopped would have the agent waited for in vain.
     control.status()?;
+    // One that has suspended itself hears neither its agent's channel nor the button. A VM of an
+    // earlier version does not know of this, and is asked all the same.
+    if let Err(error) = control.tell(&Request::Wake {}) {
+        tracing::debug!("it was not woken: {error:#}");
+    }
     let mut agent = Client::unix(vm.paths.agent_socket());
     let asked = agent.hello(AGENT_TIME).and_then(|_| agent.power_off());
     if let Err(error) = asked {

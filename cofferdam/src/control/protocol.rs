@@ -91,6 +91,8 @@ pub enum Request {
     Reset {},
     /// Press the power button: a guest that listens for it shuts down.
     PowerButton {},
+    /// Wake a guest that has suspended itself; one that is awake does not mind.
+    Wake {},
     /// End at once, as if the power cord was pulled.
     Quit {},
     /// Have the user-mode gateway ping the guest until told to stop.

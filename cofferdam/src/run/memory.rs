@@ -1,52 +1,4 @@
-//! How much memory this process has, the guest's and its own apart, and giving back what only its
-//! start needed.
-
-use std::io::{BufRead, BufReader};
-
-use vmm::memory::RamRegion;
-
-use crate::smaps::{self, Line};
-
-/// Resident memory of a process, in KiB.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Resident {
-    /// Guest memory.
-    pub guest_kib: u64,
-    /// Everything else, shared libraries and the program itself included.
-    pub own_kib: u64,
-}
-
-/// Resident memory of this process, whose guest memory is mapped at `guest`, now. Pages that it
-/// shares with others, such as those of a template, count in full.
-pub fn resident(guest: &[RamRegion]) -> std::io::Result<Resident> {
-    let smaps = BufReader::new(std::fs::File::open("/proc/self/smaps")?);
-    sum(smaps, |start| {
-        guest
-            .iter()
-            .any(|region| (region.host_address..region.host_address + region.len).contains(&start))
-    })
-}
-
-/// Adds up the mappings of an `smaps` (proc(5)); those that `is_guest` says, by the address where
-/// they start, and those of guest memory's own file are the guest's.
-fn sum(smaps: impl BufRead, is_guest: impl Fn(u64) -> bool) -> std::io::Result<Resident> {
-    let mut total = Resident::default();
-    let mut of_guest = false;
-    smaps::read(smaps, |line| match line {
-        Line::Mapping { start, path } => {
-            of_guest = path.contains(vmm::memory::FILE_NAME) || start.is_some_and(&is_guest);
-        }
-        Line::Field { name: "Rss", kib } => {
-            let part = match of_guest {
-                true => &mut total.guest_kib,
-                false => &mut total.own_kib,
-            };
-            *part = part.saturating_add(kib);
-        }
-        Line::Field { .. } => {}
-    })?;
-    Ok(total)
-}
+//! How this process takes memory, and giving back what only its start needed.
 
 /// Allocations from this size on get pages of their own, in bytes.
 const OWN_PAGES: libc::c_int = 32 << 10;
@@ -167,39 +119,7 @@ fn mapping(line: &str) -> Option<(usize, usize, Mapping)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn guest_memory_is_counted_apart() {
-        let smaps = "\
-55e0c0a00000-55e0c0b00000 r-xp 00000000 08:01 1234 /usr/bin/cofferdam
-Size:               1024 kB
-Rss:                 900 kB
-Pss:                 900 kB
-VmFlags: rd ex mr mw me
-7f0000000000-7f0010000000 rw-s 00000000 00:01 77 /memfd:cofferdam-guest (deleted)
-Size:             262144 kB
-Rss:               70000 kB
-7f1000000000-7f1000100000 rw-p 00000000 08:01 99 /var/lib/snapshots/a/memory
-Rss:                1000 kB
-7f2000000000-7f2000100000 rw-p 00000000 08:01 99 /var/lib/snapshots/a/memory
-Rss:                  60 kB
-7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0 [stack]
-Rss:                  40 kB
-";
-        let resident = sum(smaps.as_bytes(), |start| start == 0x7f10_0000_0000).unwrap();
-        assert_eq!(
-            resident,
-            Resident {
-                guest_kib: 71_000,
-                own_kib: 1_000
-            }
-        );
-    }
-
-    #[test]
-    fn this_process_has_some() {
-        assert!(resident(&[]).unwrap().own_kib > 100);
-    }
+    use crate::run::resident::walk;
 
     #[test]
     fn text_of_files_and_what_is_in_no_file_are_told_from_the_rest() {
@@ -236,10 +156,10 @@ Rss:                  40 kB
         // SAFETY: the pages are the buffer's; their size changes no byte.
         unsafe { libc::madvise(middle, 7 << 20, libc::MADV_HUGEPAGE) };
         // The program's own pages that it takes to look are there from now on.
-        resident(&[]).unwrap();
-        let before = resident(&[]).unwrap().own_kib;
+        walk(&[]).unwrap();
+        let before = walk(&[]).unwrap().own_kib;
         buffer.spare_capacity_mut()[4 << 20].write(1);
-        let one = resident(&[]).unwrap().own_kib;
+        let one = walk(&[]).unwrap().own_kib;
         assert!(one < before + 1024, "{before} KiB, then {one}");
         give_back_unused();
         buffer.resize(8 << 20, 7);

@@ -24,6 +24,7 @@ mod meter;
 mod nics;
 mod panic_watch;
 mod plugging;
+pub(crate) mod resident;
 mod restored;
 pub mod saved;
 mod service;

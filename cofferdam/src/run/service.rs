@@ -26,6 +26,7 @@ use super::kept_console::KeptConsole;
 use super::nics::Nics;
 use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
+use super::resident::Counter;
 use super::saved::SavedVm;
 use super::summary::summary;
 use super::{RunConfig, elsewhere};
@@ -50,6 +51,7 @@ pub struct VmService {
     /// The same for a snapshot.
     saved: SavedVm,
     told: Told,
+    resident: Counter,
 }
 
 /// What is told of the guest besides.
@@ -82,6 +84,7 @@ impl VmService {
             name: config.name.to_string(),
             config: summary(config),
             told,
+            resident: Counter::default(),
         })
     }
 
@@ -138,6 +141,7 @@ impl Handler for VmService {
             Request::Resume {} => self.resume(),
             Request::Reset {} => done(self.vm.reset(), None),
             Request::PowerButton {} => done(self.vm.press_power_button(), None),
+            Request::Wake {} => done(self.vm.wake(), None),
             Request::Quit {} => done(self.vm.power_off(), Some(Refused::Stopped)),
             Request::Snapshot {
                 dir,

@@ -50,6 +50,7 @@ fn routes() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(guests::resume_guest))
         .routes(routes!(guests::reset_guest))
         .routes(routes!(guests::press_power_button))
+        .routes(routes!(guests::wake_guest))
         .routes(routes!(guests::snapshot_guest))
         .routes(routes!(console::read_console, console::type_into_console))
         .routes(routes!(exec::exec_in_guest))

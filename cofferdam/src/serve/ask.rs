@@ -2,12 +2,14 @@
 //! there are not many.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
+use super::kept::Kept;
 use super::problem::{Code, Problem};
 use crate::control::client::{ANSWER_TIME, Connection, ControlClient};
-use crate::control::protocol::{Reply, Request};
+use crate::control::protocol::{Reply, Request, Status};
 use crate::device::protocol::{DeviceProtocol, Reply as DeviceReply, Request as DeviceRequest};
 use crate::options::VmName;
 use crate::runtime_dir::{RunningVm, RuntimeRoot};
@@ -20,6 +22,7 @@ pub const MAX_REQUESTS: usize = 64;
 pub struct Asks {
     root: RuntimeRoot,
     threads: Arc<Semaphore>,
+    kept: Kept,
 }
 
 impl Asks {
@@ -28,6 +31,7 @@ impl Asks {
         Self {
             root,
             threads: Arc::new(Semaphore::new(MAX_REQUESTS)),
+            kept: Kept::default(),
         }
     }
 
@@ -72,7 +76,27 @@ impl Asks {
         .await
     }
 
-    /// The same where nothing comes back but that it was done.
+    /// Asks the guest `name` how it is, over a connection that is kept for the next time.
+    pub async fn status(&self, name: &VmName) -> Result<Status, Problem> {
+        let (root, name, kept) = (self.root.clone(), name.clone(), self.kept.clone());
+        let reply = self.block(move || {
+            kept.ask(&name, &Request::Status {}, || {
+                let vm = guest(&root, &name)?;
+                Ok::<_, Problem>(ControlClient::to(&vm, ANSWER_TIME)?)
+            })
+        });
+        match reply.await? {
+            Reply::Status(status) => Ok(*status),
+            other => Err(Problem::unexpected(&other)),
+        }
+    }
+
+    /// Closes connections that have not been used for `age`.
+    pub fn close_idle(&self, age: Duration) {
+        self.kept.close_idle(age);
+    }
+
+    /// Asks it for what brings nothing back but that it was done.
     pub async fn tell(&self, name: &VmName, request: Request) -> Result<(), Problem> {
         match self.ask(name, request).await? {
             Reply::Done {} => Ok(()),

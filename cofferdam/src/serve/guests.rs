@@ -45,10 +45,7 @@ pub async fn get_guest(
     State(app): State<Arc<App>>,
     Name(name): Name<VmName>,
 ) -> Result<Json<Status>, Problem> {
-    match app.asks.ask(&name, Request::Status {}).await? {
-        Reply::Status(status) => Ok(Json(*status)),
-        other => Err(Problem::unexpected(&other)),
-    }
+    app.asks.status(&name).await.map(Json)
 }
 
 /// Hold a guest's processors; nothing happens if they are held already.
@@ -96,6 +93,18 @@ pub async fn press_power_button(
     _: NoBody,
 ) -> Result<StatusCode, Problem> {
     app.asks.tell(&name, Request::PowerButton {}).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Wake a guest that has suspended itself; one that is awake does not mind.
+#[utoipa::path(post, path = "/v1/guests/{name}/wake", tag = "guests", params(("name" = String, Path)),
+    responses((status = 204)))]
+pub async fn wake_guest(
+    State(app): State<Arc<App>>,
+    Name(name): Name<VmName>,
+    _: NoBody,
+) -> Result<StatusCode, Problem> {
+    app.asks.tell(&name, Request::Wake {}).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -33,6 +33,7 @@ mod guests;
 mod inject;
 mod isolate;
 mod jobs;
+mod kept;
 mod limits;
 mod look;
 mod marks;
@@ -67,6 +68,7 @@ use crate::run::memory;
 use crate::runtime_dir::RuntimeRoot;
 use crate::sandbox::{Guests, SandboxOptions, can_jail, divide, divide_delegated};
 use app::App;
+use ask::Asks;
 use campaigns::Campaigns;
 use network::Network;
 use peer::Peers;
@@ -81,7 +83,8 @@ const STACK_BYTES: usize = 512 << 10;
 /// How long one of them is kept that has nothing to do.
 const THREAD_IDLE: Duration = Duration::from_secs(2);
 
-/// How long the service keeps memory that a request has needed, most of it pages of its program.
+/// How long the service keeps memory that a request has needed, most of it pages of its program,
+/// and connections to guests.
 const KEEP_TIME: Duration = Duration::from_secs(10);
 
 /// How the service is started.
@@ -157,11 +160,13 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
         }
         let listener = socket.listener()?;
         let peers = Peers::new(look);
-        let router = api::router(App::new(RuntimeRoot::new(root), config.jail, cgroup, campaigns));
+        let app = App::new(RuntimeRoot::new(root), config.jail, cgroup, campaigns);
+        let asks = app.asks.clone();
+        let router = api::router(app);
         tracing::info!("serving at {}", path.display());
         tokio::select! {
             never = connection::accept(&listener, router.clone(), peers, config.client_time) => match never {},
-            never = keep_little() => match never {},
+            never = keep_little(&asks) => match never {},
             failed = accept_over_tcp(network, router, config.client_time) => failed.map(|never| match never {}),
             () = asked_to_end => Ok(()),
         }
@@ -174,10 +179,11 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
     ended
 }
 
-/// Gives memory back that nobody has needed since, for ever. What is needed again comes from the
-/// page cache, in which the guests' processes have it, too.
-async fn keep_little() -> Infallible {
+/// Gives memory and connections to guests back that nobody has needed since, for ever. What is
+/// needed again comes from the page cache, in which the guests' processes have it, too.
+async fn keep_little(asks: &Asks) -> Infallible {
     loop {
+        asks.close_idle(KEEP_TIME);
         memory::give_back_unused();
         tokio::time::sleep(KEEP_TIME).await;
     }

@@ -32,6 +32,7 @@ mod served;
 mod shared;
 mod shared_victim;
 mod snapshot_isolated;
+mod streaming;
 mod suspend;
 mod sweep;
 mod switch;

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use cofferdam::bench::guest::Guest;
+use cofferdam::bench::guest::{Guest, NAME};
+use cofferdam::control::protocol::Request;
+use cofferdam::runtime_dir::RunningVm;
 
 use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell};
 
@@ -34,6 +36,66 @@ fn suspend_itself(guest: &mut Guest) {
         }
         assert!(Instant::now() < deadline, "{}", guest.last_words());
     }
+}
+
+/// Has the guest suspend itself for good (nobody is connected to its agent then), and returns when
+/// it sleeps.
+#[track_caller]
+fn fall_asleep(guest: &mut Guest) {
+    let script = format!(
+        "rm -f {WOKEN}; echo none > /sys/power/pm_test; setsid sh -c \
+         'sleep 0.3; echo freeze > /sys/power/state && touch {WOKEN}' \
+         < /dev/null > /dev/null 2>&1 &"
+    );
+    shell(guest, &script);
+    guest.agent().disconnect();
+    let deadline = Instant::now() + BOOT_TIME;
+    while guest.agent().hello(Duration::from_secs(2)).is_ok() {
+        guest.agent().disconnect();
+        assert!(Instant::now() < deadline, "{}", guest.last_words());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    guest.agent().disconnect();
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_guest_that_sleeps_is_woken_and_shut_down_and_one_that_is_awake_does_not_mind() {
+    let mut guest = boot(&options());
+    let mut control = guest.control().unwrap();
+    // One that is awake.
+    for _ in 0..20 {
+        control.tell(&Request::Wake {}).unwrap();
+    }
+    shell(&mut guest, "true");
+    for round in 0..2 {
+        fall_asleep(&mut guest);
+        control.tell(&Request::PowerButton {}).unwrap();
+        let heard = guest.agent().hello(Duration::from_secs(2));
+        assert!(heard.is_err(), "the power button wakes it");
+        guest.agent().disconnect();
+        control.tell(&Request::Wake {}).unwrap();
+        guest
+            .wait_for_agent(BOOT_TIME)
+            .unwrap_or_else(|error| panic!("{error:#}"));
+        let until =
+            format!("for t in $(seq 1 100); do [ -e {WOKEN} ] && exit 0; sleep 0.1; done; exit 1");
+        shell(&mut guest, &until);
+        let log = shell(&mut guest, "dmesg");
+        assert_eq!(log.matches("PM: suspend exit").count(), round + 1, "{log}");
+        let clock = "a=$(cut -d' ' -f1 /proc/uptime); sleep 0.1; b=$(cut -d' ' -f1 /proc/uptime); [ $a != $b ]";
+        shell(&mut guest, clock);
+    }
+    assert_log_is_healthy(&mut guest, &[]);
+    fall_asleep(&mut guest);
+    let running = RunningVm {
+        name: NAME.parse().unwrap(),
+        pid: Some(guest.pid()),
+        paths: guest.paths().clone(),
+    };
+    cofferdam::control::ending::ask(&running).unwrap();
+    let ended = guest.wait_for_end(BOOT_TIME);
+    assert!(ended.unwrap_or_else(|error| panic!("{error:#}")).success());
 }
 
 #[test]

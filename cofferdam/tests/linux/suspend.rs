@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use agent_protocol::clock::ClockResult;
-use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::clones;
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, DRIVER, LINK_TIME};
@@ -20,20 +19,12 @@ use recovery::request::Spilling;
 use vmm::Rewound;
 use vmm::snapshot::Taken;
 
-use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, wait_until_connected};
+use super::{BOOT_TIME, assert_log_is_healthy, boot, options, ping, shell, streaming};
 use crate::full;
 
 /// Most memory of a clone's process beyond its guest's, in KiB: 5 MiB, and more than as much again
 /// for a program that is not optimised.
 const REST_KIB: f64 = 12.0 * 1024.0;
-
-/// Seconds of the guest's time that a checked stream lasts: longer than all snapshots take.
-fn stream_seconds() -> u64 {
-    match full() {
-        true => 90,
-        false => 25,
-    }
-}
 
 #[track_caller]
 fn ask(guest: &Guest, request: &Request) -> Reply {
@@ -164,22 +155,15 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     let folder = tempfile::tempdir().unwrap();
     let mut guest = networked("");
     isolate(&mut guest);
-    // In a session of its own: the agent ends programs whose client goes.
-    let stream = format!(
-        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {} > /tmp/stream 2>&1; \
-         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &",
-        stream_seconds()
-    );
-    shell(&mut guest, &stream);
-    wait_until_connected(&mut guest, 1);
+    streaming::begin(&mut guest);
     let snapshots = if full() { 20 } else { 4 };
     let mut dirs: Vec<PathBuf> = Vec::new();
     for number in 0..snapshots {
         let dir = folder.path().join(number.to_string());
         let stop = number + 1 == snapshots;
         // It is taken amid the stream, or nothing is shown.
-        shell(&mut guest, "! test -e /tmp/result");
-        wait_until_connected(&mut guest, 1);
+        streaming::is_under_way(&mut guest);
+        streaming::moves_on(&mut guest);
         guest.agent().disconnect();
         let taken = snapshot(&guest, &dir, dirs.last().map(PathBuf::as_path), stop);
         eprintln!("{taken:?}");
@@ -190,22 +174,9 @@ fn a_checked_stream_goes_on_across_snapshots_and_into_another_process() {
     drop(guest);
     let mut guest = go_on(&dirs[snapshots - 1], "");
     // What came from the other end before the last snapshot is not all that comes.
-    shell(&mut guest, "! test -e /tmp/result");
-    wait_until_connected(&mut guest, 1);
-    let deadline = Instant::now() + BOOT_TIME;
-    let result = loop {
-        let result = shell(&mut guest, "cat /tmp/result 2> /dev/null; true");
-        if !result.is_empty() {
-            break result;
-        }
-        assert!(Instant::now() < deadline, "the stream does not end");
-        std::thread::sleep(Duration::from_millis(200));
-    };
-    let result: TrafficResult = serde_json::from_str(result.trim()).unwrap();
-    assert!(
-        result.error.is_none() && result.corrupted == 0 && result.bytes_from_peer > 0,
-        "{result:?}"
-    );
+    streaming::is_under_way(&mut guest);
+    streaming::moves_on(&mut guest);
+    streaming::end(&mut guest);
     // Isolated as it was, by the process that goes on.
     guest.agent().disconnect();
     let deadline = Instant::now() + BOOT_TIME;

@@ -1,5 +1,7 @@
 //! Guests of this host's KVM, asked over HTTP.
 
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 
 use crate::client::Service;
@@ -35,6 +37,83 @@ fn a_guest_is_looked_at_held_and_reset() {
     let list = service.get("/v1/guests").ok(200).json();
     assert_eq!(list["guests"][0]["status"]["resets"], 1, "{list}");
     service.end();
+    end(&place, vm, &[]);
+}
+
+/// How many connections to its control socket a process serves.
+fn served(process: u32) -> usize {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    threads
+        .filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).ok())
+        .filter(|name| name.trim() == "control-client")
+        .count()
+}
+
+#[test]
+fn looks_at_a_guest_share_a_connection_and_see_who_has_its_name_now() {
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    for _ in 0..2 {
+        let vm = place.idle("");
+        for _ in 0..3 {
+            let status = service.get("/v1/guests/idle").ok(200).json();
+            assert_eq!(status["pid"], vm.id());
+            // Who looked before may be about to go; a connection that is not kept leaves none.
+            let until = Instant::now() + Duration::from_secs(60);
+            while served(vm.id()) != 1 {
+                assert!(Instant::now() < until, "{}", served(vm.id()));
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        end(&place, vm, &["service.sock"]);
+        let gone = service.get("/v1/guests/idle");
+        gone.problem(404, "no_such_guest", "idle");
+    }
+    service.end();
+}
+
+/// Resident memory of a process's mappings whose heads have `word` in them, in KiB.
+fn resident(process: u32, word: &str) -> u64 {
+    let smaps = std::fs::read_to_string(format!("/proc/{process}/smaps")).unwrap();
+    let (mut counts, mut sum) = (false, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next().unwrap().strip_suffix(':') {
+            None => counts = line.contains(word),
+            Some("Rss") if counts => sum += words.next().unwrap().parse::<u64>().unwrap(),
+            Some(_) => {}
+        }
+    }
+    sum
+}
+
+#[test]
+fn memory_of_a_guest_is_what_the_kernel_counts_of_its_mappings_however_these_are_made() {
+    /// The process goes on meanwhile, and kernels count by processor (proc_pid_status(5)), in KiB.
+    const NEARLY: u64 = 2048;
+    let place = Place::new();
+    let service = Service::start(&place, "");
+    let vm = place.idle("--memory 32M");
+    let dir = place.path("saved").display().to_string();
+    place.ask(&format!("snapshot idle {dir}"));
+    let log = place.path("log").display().to_string();
+    let words = format!("run --snapshot {dir} --name copy --lazy --serial file={log}");
+    let copy = place.command().args(words.split(' ')).spawn().unwrap();
+    place.wait_for("copy");
+    for (name, process, mapped) in [
+        ("idle", vm.id(), "cofferdam-guest"),
+        ("copy", copy.id(), dir.as_str()),
+    ] {
+        let said = service.get(&format!("/v1/guests/{name}")).ok(200).json();
+        let (guest, all) = (resident(process, mapped), resident(process, ""));
+        let (of_guest, own) = (&said["guest_rss_kib"], &said["vmm_rss_kib"]);
+        let (of_guest, own) = (of_guest.as_u64().unwrap(), own.as_u64().unwrap());
+        assert!(guest > 0, "{name}");
+        assert!(of_guest.abs_diff(guest) <= NEARLY, "{said}: {guest}");
+        assert!((of_guest + own).abs_diff(all) <= NEARLY, "{said}: {all}");
+    }
+    service.end();
+    end(&place, copy, &["idle"]);
     end(&place, vm, &[]);
 }
 

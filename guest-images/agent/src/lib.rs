@@ -19,3 +19,5 @@ mod restart;
 pub mod server;
 mod symbols;
 mod sys;
+
+pub use sys::{hear_of_signals, is_asked_to_end};

@@ -16,6 +16,10 @@ use guest_agent::{channel, init};
 /// Between two looks for a port, and after a host that closed its side.
 const AGAIN: Duration = Duration::from_millis(50);
 
+/// Whether the first serial port wakes a kernel that has suspended itself, as `cofferdam wake` has
+/// it; Linux' default is that it does not (`Documentation/ABI/testing/sysfs-devices-power`).
+const CONSOLE_WAKES: &str = "/sys/class/tty/ttyS0/power/wakeup";
+
 fn main() -> ExitCode {
     if std::process::id() == 1 {
         // The kernel gives its /init the words of its command line that it does not know itself.
@@ -49,6 +53,8 @@ fn main() -> ExitCode {
 
 /// Serves the host's port for ever.
 fn serve_port() -> ! {
+    // Where there is no such port there is nothing to do.
+    let _ = std::fs::write(CONSOLE_WAKES, "enabled");
     loop {
         // No port: a machine that is not driven from outside, or a port that comes later. An error
         // while serving: the port was unplugged. In both cases, look again.

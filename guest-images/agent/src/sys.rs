@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use agent_protocol::Stamp;
 use agent_protocol::message::Ipv4;
@@ -37,6 +38,36 @@ fn nanoseconds(time: Timespec) -> u64 {
         u64::try_from(time.tv_nsec).unwrap_or(0),
     );
     seconds.saturating_mul(1_000_000_000).saturating_add(rest)
+}
+
+/// Whether a signal has asked this process to come to its end ([`hear_of_signals`]).
+static IS_ASKED_TO_END: AtomicBool = AtomicBool::new(false);
+
+/// From now on `SIGINT` and `SIGTERM` end nothing by themselves: [`is_asked_to_end`] tells of them.
+/// System calls that wait go on waiting.
+pub fn hear_of_signals() -> io::Result<()> {
+    extern "C" fn note(_: libc::c_int) {
+        IS_ASKED_TO_END.store(true, Ordering::Relaxed);
+    }
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: all zeros is a valid `sigaction`, the handler only stores to an atomic, and the
+        // old action is not asked for.
+        let done = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = note as *const () as libc::sighandler_t;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(signal, &action, std::ptr::null_mut())
+        };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Whether one of the signals of [`hear_of_signals`] has come.
+pub fn is_asked_to_end() -> bool {
+    IS_ASKED_TO_END.load(Ordering::Relaxed)
 }
 
 /// Makes the program start with no signal blocked: std lets it inherit the mask of the thread that

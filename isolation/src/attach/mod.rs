@@ -230,6 +230,13 @@ impl Isolator {
         all
     }
 
+    /// Whether there is a domain, also of a module that is not isolated any more, which is kept for
+    /// a mark: it has a private view of guest memory.
+    pub fn has_domains(&self) -> bool {
+        let modules = self.modules();
+        !modules.is_empty() || self.kept_for_marks() > 0
+    }
+
     /// The last violations of a module's calls, oldest first.
     pub fn reports(&self, module: &str) -> Result<Vec<ViolationReport>, AttachError> {
         let modules = self.modules();

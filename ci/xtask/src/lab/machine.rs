@@ -40,9 +40,11 @@ const OUT_TAG: &str = "out";
 /// devices are not translated, those under VFIO are. `init_on_alloc=0`: huge pages are cleared
 /// twice otherwise, the first time all of one without a place where others may run.
 /// `no_timer_check`: whether the timer's interrupt comes is judged by how many come in the time of
-/// ten, and on a busy machine the emulated timer is late.
-const KERNEL_COMMAND_LINE: &str =
-    "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off init_on_alloc=0 no_timer_check";
+/// ten, and on a busy machine the emulated timer is late. `norandmaps`: the emulator keeps what it
+/// has translated by its address as a program sees it, so that a program at another address each
+/// time is translated anew at each start (`docs/lab.md`, *Timings*).
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet iommu=pt mitigations=off \
+                                   init_on_alloc=0 no_timer_check norandmaps";
 
 /// Without `erms`, with which Linux clears and copies pages byte by byte (`rep stosb`): each byte
 /// stored to a page that held code is a look at all that was translated of that page.

@@ -25,9 +25,10 @@ pub struct Status {
     /// When guest code first ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_ns: Option<u64>,
-    /// Resident memory of the process beyond guest memory, in KiB.
+    /// Resident memory of the process beyond guest memory, in KiB; of a guest with isolated modules,
+    /// memory of a snapshot or a NIC elsewhere as it was within the last second.
     pub vmm_rss_kib: u64,
-    /// Guest memory that is resident, in KiB.
+    /// Guest memory that is resident, in KiB; as old as that of the process.
     pub guest_rss_kib: u64,
     /// Pages of 4 KiB that are kept for its marks, unless one is being set or gone back to now.
     #[serde(default, skip_serializing_if = "Option::is_none")]

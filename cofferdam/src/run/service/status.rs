@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use devices::clock::monotonic_ns;
 
-use super::super::memory;
+use super::super::resident::GuestMemory;
 use super::super::summary::nic_status;
 use super::VmService;
 use crate::control::protocol::{Reply, Status, VmState};
@@ -12,8 +12,10 @@ use crate::control::protocol::{Reply, Status, VmState};
 impl VmService {
     pub(super) fn status(&self) -> Result<Reply, String> {
         let vm = self.vm.status();
-        let resident = memory::resident(self.vm.ram().regions())
-            .map_err(|error| format!("the VM cannot read its own /proc/self/smaps: {error}"))?;
+        let resident = self.resident.read(self.guest_memory());
+        let resident = resident.map_err(|error| {
+            format!("the VM cannot read in /proc/self how much memory it has: {error}")
+        })?;
         let mut exits = BTreeMap::new();
         for counts in &vm.exits {
             if let Ok(serde_json::Value::Object(counts)) = serde_json::to_value(counts) {
@@ -48,5 +50,16 @@ impl VmService {
             nic: first.map(|nic| nic.counters.clone()).unwrap_or_default(),
             nics,
         })))
+    }
+
+    /// Where guest memory is mapped now.
+    fn guest_memory(&self) -> GuestMemory<'_> {
+        let ram = self.vm.ram();
+        let may_be_private = ram.is_template() || self.isolator().has_domains();
+        // Of a NIC that is elsewhere registers may be mapped here, which are shared memory too.
+        match may_be_private || self.nics.elsewhere().is_some() {
+            true => GuestMemory::Mapped(ram.regions()),
+            false => GuestMemory::Shared,
+        }
     }
 }

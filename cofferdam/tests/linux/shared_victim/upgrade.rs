@@ -1,9 +1,8 @@
 //! Another build of the stock e1000 driver in the place of the one that runs, good and bad ones.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agent_protocol::message::Bytes;
-use agent_protocol::traffic::TrafficResult;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::{Reply, Request};
 use recovery::fault::FaultKind;
@@ -12,32 +11,20 @@ use recovery::upgrade::UpgradeOutcome;
 
 use super::victim;
 use crate::builds::{another_build, build_of, hex, stock, with_failing_init, without_the_device};
+use crate::streaming;
 use crate::victim::{DRIVER, Victim};
-use crate::wait_until_connected;
 
 const ENTRY: &str = "e1000_xmit_frame";
-/// Longer than what happens to it takes on a machine that does nothing else.
-const STREAM_SECONDS: u64 = 25;
 
 #[test]
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-#[expect(
-    clippy::too_many_lines,
-    reason = "one story: each step begins where the last ended"
-)]
 fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
     let mut victim = victim();
     victim.configure();
     victim.isolate(ENTRY, LadderConfig::default());
     let before = victim.configuration();
     let losses = victim.link_losses();
-    // In a session of its own: the agent ends programs whose client goes.
-    let stream = format!(
-        "setsid sh -c '/init traffic tcp_echo 10.0.2.2 {STREAM_SECONDS} > /tmp/stream 2>&1; \
-         mv /tmp/stream /tmp/result' < /dev/null > /dev/null 2>&1 &"
-    );
-    victim.run(&["sh", "-c", &stream]);
-    wait_until_connected(&mut victim.guest, 1);
+    streaming::begin(&mut victim.guest);
     let check = |victim: &mut Victim, build: &[u8], after: &str| {
         assert_eq!(hex(&victim.loaded_build()), hex(build), "{after}");
         eprintln!("{after}");
@@ -89,20 +76,9 @@ fn a_driver_is_upgraded_under_a_stream_and_a_bad_one_is_taken_back() {
     }
     check(&mut victim, &build_of(&new), "files that were refused");
 
-    let deadline = Instant::now() + Duration::from_secs(STREAM_SECONDS + 60);
-    let result = loop {
-        let result = victim.guest.agent().read_file("/tmp/result");
-        if let Ok(result) = result {
-            break result;
-        }
-        assert!(Instant::now() < deadline, "the stream does not end");
-        std::thread::sleep(Duration::from_millis(500));
-    };
-    let result: TrafficResult = serde_json::from_slice(&result).unwrap();
-    eprintln!("{result:?}");
-    assert_eq!((result.error, result.corrupted), (None, 0));
-    assert_eq!(result.bytes_from_peer, result.bytes_to_peer);
-    assert!(result.bytes_to_peer > 100_000);
+    streaming::is_under_way(&mut victim.guest);
+    streaming::moves_on(&mut victim.guest);
+    streaming::end(&mut victim.guest);
 
     // A driver that was stopped is not stopped any more when another build has taken its place.
     victim.ask(&Request::Release {

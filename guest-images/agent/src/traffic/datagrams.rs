@@ -68,7 +68,7 @@ fn exchange(carrier: &mut dyn Carrier, time: Time) -> io::Result<TrafficResult> 
     let start = Instant::now();
     let mut last_news = start;
     loop {
-        while start.elapsed() < time.run && under_way.len() < WINDOW {
+        while time.goes_on(start) && under_way.len() < WINDOW {
             datagram(result.sent, &mut payload);
             under_way.insert(result.sent, Instant::now());
             carrier.send(&payload)?;

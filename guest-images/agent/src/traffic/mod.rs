@@ -1,6 +1,9 @@
 //! `/init traffic KIND ADDRESS SECONDS [PATIENCE]`: traffic whose every byte is checked, and a line
 //! of JSON about it ([`agent_protocol::traffic`]).
 //!
+//! `SIGINT` and `SIGTERM` end it as if the time was up: what is under way is waited for, and the line
+//! printed.
+//!
 //! Contents are made from the sequence number or the offset, so that a loss, a reordering or a
 //! wrong byte shows without anything being remembered.
 
@@ -9,9 +12,10 @@ mod datagrams;
 mod streams;
 
 use std::net::Ipv4Addr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_protocol::traffic::{TrafficKind, TrafficResult};
+use guest_agent::{hear_of_signals, is_asked_to_end};
 
 /// Longest time that is taken, in seconds.
 const MAX_SECONDS: f64 = 3600.0;
@@ -46,6 +50,9 @@ pub fn main(arguments: &[String]) -> u8 {
         );
         return 2;
     };
+    if let Err(error) = hear_of_signals() {
+        eprintln!("traffic: a signal will end it without a result: {error}");
+    }
     let result = match kind {
         TrafficKind::PingFlood => datagrams::ping_flood(peer, time),
         TrafficKind::UdpEcho => datagrams::udp_echo(peer, time),
@@ -71,6 +78,11 @@ fn all_well(result: &TrafficResult) -> bool {
 }
 
 impl Time {
+    /// Whether more is to be sent by who has since `start`.
+    fn goes_on(&self, start: Instant) -> bool {
+        start.elapsed() < self.run && !is_asked_to_end()
+    }
+
     /// With the usual patience.
     #[cfg(test)]
     fn of(run: Duration) -> Self {

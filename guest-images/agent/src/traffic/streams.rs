@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use agent_protocol::traffic::TrafficResult;
 use crc::{CRC_32_CKSUM, Crc};
@@ -28,7 +28,7 @@ static CKSUM: Crc<u32> = Crc::<u32>::new(&CRC_32_CKSUM);
 pub fn echo(peer: Ipv4Addr, time: Time) -> TrafficResult {
     run(peer, time, ECHO_PORT, |stream, result| {
         let mut out = stream.try_clone()?;
-        let writer = thread::spawn(move || write_for(&mut out, time.run, |_| {}));
+        let writer = thread::spawn(move || write_for(&mut out, time, |_| {}));
         let read = read_all(stream, result);
         let Ok(written) = writer.join() else {
             return Err(io::Error::other("the writing thread panicked"));
@@ -49,7 +49,7 @@ pub fn sink(peer: Ipv4Addr, time: Time) -> TrafficResult {
     run(peer, time, DISCARD_PORT, |stream, result| {
         let mut digest = CKSUM.digest();
         let mut out = stream.try_clone()?;
-        let sent = write_for(&mut out, time.run, |piece| digest.update(piece))?;
+        let sent = write_for(&mut out, time, |piece| digest.update(piece))?;
         // POSIX: the length follows, least significant byte first, without leading zeros.
         let bytes = sent.to_le_bytes();
         let used = 8 - sent.leading_zeros() as usize / 8;
@@ -72,7 +72,7 @@ pub fn source(peer: Ipv4Addr, time: Time) -> TrafficResult {
     run(peer, time, SOURCE_PORT, |stream, result| {
         let start = Instant::now();
         let mut piece = vec![0; PIECE_BYTES];
-        while start.elapsed() < time.run {
+        while time.goes_on(start) {
             let count = read_some(stream, &mut piece, result)?;
             expect(count > 0, || "the peer ended its stream".to_owned())?;
             result.corrupted += wrong_lines(result.bytes_from_peer, &piece[..count]);
@@ -112,15 +112,11 @@ fn expect(holds: bool, otherwise: impl FnOnce() -> String) -> io::Result<()> {
 }
 
 /// Writes the stream for `time` and ends it. Returns how much it was.
-fn write_for(
-    stream: &mut TcpStream,
-    time: Duration,
-    mut seen: impl FnMut(&[u8]),
-) -> io::Result<u64> {
+fn write_for(stream: &mut TcpStream, time: Time, mut seen: impl FnMut(&[u8])) -> io::Result<u64> {
     let start = Instant::now();
     let mut piece = vec![0; PIECE_BYTES];
     let mut offset = 0;
-    while start.elapsed() < time {
+    while time.goes_on(start) {
         fill_stream(offset, &mut piece);
         stream.write_all(&piece)?;
         seen(&piece);
@@ -137,7 +133,13 @@ fn read_some(
     result: &mut TrafficResult,
 ) -> io::Result<usize> {
     let start = Instant::now();
-    let count = stream.read(piece);
+    let count = loop {
+        match stream.read(piece) {
+            // A signal ends what waits with a time limit, whatever its handler asks for (signal(7)).
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            count => break count,
+        }
+    };
     let silence = ns(start.elapsed());
     let longest = result.longest_silence_ns.unwrap_or_default();
     result.longest_silence_ns = Some(longest.max(silence));
@@ -175,6 +177,8 @@ fn wrong_lines(offset: u64, data: &[u8]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
