@@ -4,8 +4,6 @@
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command};
 
-use cofferdam::device::protocol::Request;
-
 use crate::common::place::{LIMIT, Place, end, finish, signal};
 use crate::common::{EM_X86_64, elf};
 use crate::guest::{Guest, wait};
@@ -150,27 +148,43 @@ fn a_parked_guest_goes_on_parked_and_has_its_turn_later() {
     while received(&place, "web") == 0 {
         carry_on(&mut far, &mut number, 1);
     }
-    // And of one that is paused.
+    // And of one that is paused. Nobody else is there when it goes on, so it has the turn before it
+    // runs.
     place.ask("pause web");
     let paused = folder(&place, "paused");
     place.ask(&format!("snapshot web {paused}"));
     assert_eq!(host.status().turn.as_deref(), Some("left"));
     place.ask("resume web");
     host.switch("web");
-    let before = far.number();
-    let vm = {
-        signal(&vm, libc::SIGTERM);
-        finish(vm);
-        go_on(&place, &paused, "web", "")
-    };
-    host.ask(&Request::Switch { to: "web".into() }).ok();
-    // It is where it was saved, and goes on from there.
-    let mut number = far.number();
-    while number > before {
-        number = far.number();
-    }
+    number = last_sent(&place, "paused");
+    while far.number() < number + 100 {}
+    signal(&vm, libc::SIGTERM);
+    finish(vm);
+    host.await_turn(Some("left"));
+    left.send(crate::host::FAR, "behind all of the first");
+    while far.receive() != "behind all of the first" {}
+    drop(left);
+    wait("left's end", || !host.context("left").connected);
+    let vm = go_on(&place, &paused, "web", "");
+    // It is where it was saved: the frame in its memory was sent or not.
+    let next = far.number();
+    assert!([number, number + 2].contains(&next), "{number}, {next}");
+    number = next;
     carry_on(&mut far, &mut number, 50);
     end(&place, vm, &[".devices"]);
+}
+
+/// The last number that the saved guest has put into a frame's buffer.
+fn last_sent(place: &Place, dir: &str) -> u64 {
+    let image = std::fs::File::open(place.path(dir).join("memory.image")).unwrap();
+    let number = |buffer: u64| {
+        let mut number = [0; 8];
+        let at = 0x23_0000 + buffer * 2048 + nic::NUMBER_AT as u64;
+        image.read_exact_at(&mut number, at).unwrap();
+        u64::from_le_bytes(number)
+    };
+    // Every other frame has one.
+    (0..8).step_by(2).map(number).max().unwrap()
 }
 
 /// Of what the device writes nothing is told to this process.
@@ -293,6 +307,7 @@ fn what_cannot_go_on_is_refused_and_harms_nobody() {
     let held = Guest::boot(&place, "web", 1);
     refused(&place, &from, "a VM named web is attached");
     drop(held);
+    wait("web's end", || !host.context("web").connected);
     let held = Guest::boot(&place, "another", 1);
     refused(
         &place,
@@ -300,6 +315,7 @@ fn what_cannot_go_on_is_refused_and_harms_nobody() {
         "its address 02:00:00:00:00:01 is that of another",
     );
     drop(held);
+    wait("its end", || !host.context("another").connected);
     // One of the same model may have another name.
     let mut other = Other::start(&place, "other", "e1000");
     let vm = go_on(&place, &dir, "web", "--nic device=other");
