@@ -82,15 +82,23 @@ fn a_guest_with_the_turn_goes_on_from_its_snapshot_and_no_frame_is_lost_or_sent_
     carry_on(&mut far, &mut number, 50);
     for round in 0..6 {
         let dir = folder(&place, &format!("saved-{round}"));
+        let (before, mut sent) = (received(&place, "web"), 0);
         // While it goes on: nothing of it is to be seen at the wire.
         std::thread::scope(|scope| {
             let saved = scope.spawn(|| place.ask(&format!("snapshot web {dir}-live")));
             while !saved.is_finished() {
+                if sent < 8 {
+                    far.send(nic::MAC, "meanwhile");
+                    sent += 1;
+                }
                 carry_on(&mut far, &mut number, 1);
             }
             saved.join().unwrap();
         });
         carry_on(&mut far, &mut number, 50);
+        while received(&place, "web") < before + sent {
+            carry_on(&mut far, &mut number, 1);
+        }
         let stopped = std::thread::scope(|scope| {
             let stopped = scope.spawn(|| {
                 place.ask(&format!("snapshot web {dir} --stop"));

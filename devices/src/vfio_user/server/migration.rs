@@ -190,18 +190,11 @@ impl Migration {
         self.phase = Phase::Running;
     }
 
-    /// The client has gone: the function has the state that it had when it was stopped.
+    /// The client has gone, and its memory: the function goes on from the state that it had when it
+    /// was stopped, but without mastering the bus. What waits for it at a wire would be read into
+    /// nothing; whoever comes back lets it master the bus.
     pub fn abandon(&mut self) {
-        match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running | Phase::Error => {}
-            Phase::Stop(stopped)
-            | Phase::StopCopy { stopped, .. }
-            | Phase::Resuming { stopped, .. } => {
-                if stopped.mastered {
-                    set_bus_master(&mut *lock(&self.function), true);
-                }
-            }
-        }
+        self.phase = Phase::Running;
     }
 }
 
