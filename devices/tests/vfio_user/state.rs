@@ -351,7 +351,7 @@ fn a_state_that_was_changed_cut_or_is_of_another_version_or_card_is_refused() {
     // Whatever is between: what the server is given, and what is kept here.
     let bytes = postcard::to_stdvec(&state).unwrap();
     let mut tried = 0;
-    for at in (0..bytes.len() * 8).step_by(bytes.len() / 16 | 1) {
+    for at in (0..bytes.len() * 8).step_by((bytes.len() / 16) | 1) {
         let mut flipped = bytes.clone();
         flipped[at / 8] ^= 1 << (at % 8);
         if let Ok(flipped) = postcard::from_bytes(&flipped) {
@@ -375,12 +375,12 @@ fn a_state_that_was_changed_cut_or_is_of_another_version_or_card_is_refused() {
         put(&mut raw, bytes).unwrap();
         set(&mut raw, DeviceState::Running as u32)
     };
-    for at in (0..whole.len() * 8).step_by(whole.len() / 16 | 1) {
+    for at in (0..whole.len() * 8).step_by((whole.len() / 16) | 1) {
         let mut flipped = whole.clone();
         flipped[at / 8] ^= 1 << (at % 8);
         assert_eq!(give(&flipped), Err(libc::EINVAL), "bit {at}");
     }
-    for end in (0..whole.len()).step_by(whole.len() / 40 | 1) {
+    for end in (0..whole.len()).step_by((whole.len() / 40) | 1) {
         assert_eq!(give(&whole[..end]), Err(libc::EINVAL), "cut at {end}");
     }
     let other = Host::new("virtio");
