@@ -112,7 +112,7 @@ impl Guest {
     }
 
     /// The same with so much memory.
-    fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
+    pub fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
         let (stream, info) = connect(host, vm, mac).unwrap();
         let offset = FileOffset::from_arc(file(bytes), 0);
         let range = (GuestAddress(0), bytes as usize, Some(offset));
