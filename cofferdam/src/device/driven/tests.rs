@@ -3,7 +3,6 @@
 
 mod kills_at_steps;
 mod late;
-mod soak;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -91,18 +90,6 @@ impl Vms {
             suspended,
         };
         lock(&self.all).insert(vm.to_owned(), vm_state);
-    }
-
-    /// The guest of a VM begins anew: its driver, if it finds the device.
-    fn begin_anew(&self, vm: &str) {
-        self.with(vm, |one| {
-            one.guest.reset();
-            one.begun = one.guest.identity() != [0xff; 4];
-            one.suspended = false;
-            if one.begun {
-                one.guest.start();
-            }
-        });
     }
 
     /// What a VM that was asked does, unless it has gone.
