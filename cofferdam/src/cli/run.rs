@@ -270,6 +270,7 @@ fn nets(
             nic,
             mac,
             is_another_wire: false,
+            saved_model: None,
         });
     }
     Ok(nets)

@@ -91,10 +91,15 @@ fn hear<C: Card>(stream: UnixStream, host: &Host<C>) {
 
 fn attach<C: Card>(stream: UnixStream, host: &Host<C>) -> anyhow::Result<()> {
     stream.set_write_timeout(Some(HELLO_TIME))?;
-    let Hello::Attach { version, vm, mac } = read_line(&stream, HELLO_TIME)?;
+    let Hello::Attach {
+        version,
+        vm,
+        mac,
+        goes_on,
+    } = read_line(&stream, HELLO_TIME)?;
     ensure!(
         version == VERSION,
         "it speaks version {VERSION} and not {version}: use programs of one version"
     );
-    host.attach(vm.parse()?, mac.parse()?, stream)
+    host.attach((vm.parse()?, mac.parse()?), goes_on.as_deref(), stream)
 }

@@ -29,16 +29,16 @@ pub fn ask(root: &RuntimeRoot, name: &VmName, request: &Request) -> anyhow::Resu
 
 /// Attaches the NIC of `vm`, with the address `mac`, to the device host `name`; `root` is that of
 /// the VMs. vfio-user is spoken over what comes back, in the client's role, and the NIC is attached
-/// for as long as it is open.
+/// for as long as it is open. A guest that goes on from a snapshot says with a NIC of which model.
 ///
 /// # Errors
 /// There is no such device host, it does not answer, or it refuses: the VM is attached already, no
-/// slot is free, the address is another VM's.
+/// slot is free, the address is another VM's, the model is another one.
 pub fn attach(
     root: &RuntimeRoot,
     name: &VmName,
-    vm: &VmName,
-    mac: MacAddress,
+    (vm, mac): (&VmName, MacAddress),
+    goes_on: Option<&str>,
 ) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let host = root.devices().find(Some(name))?;
     let path = host.paths.device_socket();
@@ -55,6 +55,7 @@ pub fn attach(
         version: VERSION,
         vm: vm.to_string(),
         mac: mac.to_string(),
+        goes_on: goes_on.map(str::to_owned),
     };
     write_line(&stream, &hello).with_context(cannot)?;
     let deadline = Instant::now() + SWITCH_TIME + ATTACH_TIME;

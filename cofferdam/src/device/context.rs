@@ -121,15 +121,16 @@ impl<S: Share> Context<S> {
         Some(serial)
     }
 
-    /// Serves client number `serial` at `stream`. What becomes of it is told to `keeper`.
+    /// Serves client number `serial` at `stream`, whose guest may go on from a snapshot. What
+    /// becomes of it is told to `keeper`.
     pub fn serve(
         &self,
-        serial: u64,
+        (serial, goes_on): (u64, bool),
         stream: UnixStream,
         keeper: Sender<Happened>,
     ) -> anyhow::Result<()> {
         let vm = self.vm.clone();
-        let mut listener = self.share.listener();
+        let mut listener = self.share.listener(goes_on.then(|| self.mac()));
         let notify = move |event| {
             listener(&event);
             match event {
@@ -293,7 +294,7 @@ mod tests {
         fn has_turn(&self) -> bool {
             false
         }
-        fn listener(&self) -> Listener {
+        fn listener(&self, _: Option<MacAddress>) -> Listener {
             Box::new(|_| {})
         }
         fn fill(&self, _: &mut ContextStatus) {

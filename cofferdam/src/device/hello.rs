@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   guest's VMM: {"attach":{"version":1,"vm":"web","mac":"02:cf:00:00:00:01"}}
+//!                with "goes_on":"e1000" besides, if the guest goes on from a snapshot
 //!   device host: {"ok":{"device":"nic0","model":"e1000","mac":"02:cf:00:00:00:01","turn":true,"returned":false}}
 //!                {"error":"web is attached already: ..."}, and the end of the connection
 //!                {"wait":{}} every second before either, while a switch by drivers is under way
@@ -38,6 +39,10 @@ pub enum Hello {
         vm: String,
         /// Ethernet address of its NIC.
         mac: String,
+        /// Of a guest that goes on from a snapshot: the model of the NIC that it had, whose state
+        /// the device is going to be given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        goes_on: Option<String>,
     },
 }
 
@@ -120,6 +125,7 @@ mod tests {
             version: VERSION,
             vm: "web".to_owned(),
             mac: "02:cf:00:00:00:01".to_owned(),
+            goes_on: Some("e1000".to_owned()),
         }
     }
 

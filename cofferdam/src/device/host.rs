@@ -4,6 +4,9 @@
 //! wire. The list is not locked while a switch takes its steps. A switch holds NICs and locks no
 //! context: whether a client is there is known without.
 
+mod attaching;
+mod status;
+
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -14,23 +17,20 @@ use anyhow::{Context as _, bail, ensure};
 use devices::clock::monotonic_ns;
 use recovery::switch::{Outcome, next_after};
 
+use super::HostConfig;
 use super::card::Card;
 use super::context::Context;
 use super::happened::Happened;
 use super::held::lock;
-use super::hello::{AttachInfo, Welcome, write_line};
+use super::hello::{Welcome, write_line};
 use super::history::History;
-use super::protocol::{HostStatus, Reason, SWITCH_TIME, SwitchRecord};
+use super::protocol::{Reason, SWITCH_TIME, SwitchRecord};
 use super::share::Share;
-use super::{HostConfig, OnExit, ParkedAs};
 use crate::control::protocol::BEAT;
-use crate::options::{MacAddress, VmName};
+use crate::options::VmName;
 
 /// How long a switch waits for another one.
 const TURN_TIME: Duration = Duration::from_secs(5);
-/// How long a VM that is attached already may take to be noticed to have gone: its process may just
-/// have been killed.
-const GONE_TIME: Duration = Duration::from_secs(1);
 /// Between two looks.
 const LOOK: Duration = Duration::from_millis(2);
 
@@ -62,136 +62,6 @@ impl<C: Card> Host<C> {
             every: Mutex::default(),
             keeper,
             started_ns: monotonic_ns(),
-        }
-    }
-
-    /// Attaches `vm`, whose VMM is at `stream`, and tells it.
-    pub fn attach(&self, vm: VmName, mac: MacAddress, stream: UnixStream) -> anyhow::Result<()> {
-        let (context, serial) = self.reserve(vm, mac, &stream)?;
-        let attached = self.serve(&context, serial, stream);
-        if attached.is_err() {
-            // Where it was served this is done by who served it, before anybody can come back.
-            let _ = context.share.plug(false);
-            self.gone(&context.vm, serial, "could not be served");
-        }
-        attached
-    }
-
-    fn serve(
-        &self,
-        context: &Arc<ContextOf<C>>,
-        serial: u64,
-        stream: UnixStream,
-    ) -> anyhow::Result<()> {
-        context.share.plug(true)?;
-        let given = self.begin_for(&stream).and_then(|switching| {
-            self.give_what_is_nobodys(&switching, Some(context.clone()), Reason::Attached)
-        });
-        if let Err(error) = given {
-            tracing::warn!(vm = %context.vm, "gets no turn: {error:#}");
-        }
-        let info = AttachInfo {
-            device: self.config.name.to_string(),
-            model: self.card.name(),
-            mac: context.mac().to_string(),
-            turn: context.share.has_turn(),
-            returned: serial > 1,
-            by_driver: self.card.is_suspended_by_drivers(),
-        };
-        // The client speaks after it has read this.
-        write_line(&stream, &Welcome::Ok(info))?;
-        stream.set_write_timeout(None)?;
-        context.serve(serial, stream, self.keeper.clone())?;
-        tracing::info!(vm = %context.vm, mac = %context.mac(), "attached");
-        Ok(())
-    }
-
-    /// The place for a client of `vm`, in its context or in a new one.
-    fn reserve(
-        &self,
-        vm: VmName,
-        mac: MacAddress,
-        stream: &UnixStream,
-    ) -> anyhow::Result<(Arc<ContextOf<C>>, u64)> {
-        let deadline = Instant::now() + GONE_TIME;
-        loop {
-            if let Some(reserved) = self.try_reserve(&vm, mac, stream)? {
-                return Ok(reserved);
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "it is busy: a VM named {vm} is attached; give the VM another --name, or stop that one"
-            );
-            std::thread::sleep(LOOK);
-        }
-    }
-
-    /// See [`Host::reserve`]; `None` while the VM has a client.
-    fn try_reserve(
-        &self,
-        vm: &VmName,
-        mac: MacAddress,
-        stream: &UnixStream,
-    ) -> anyhow::Result<Option<(Arc<ContextOf<C>>, u64)>> {
-        // Dropped after the lock is free: it waits for a thread.
-        let mut given_up = Vec::new();
-        // A context that is being given the turn does not have to make place.
-        let _switching = self.begin_for(stream)?;
-        let mut contexts = self.contexts();
-        let others = |context: &Arc<ContextOf<C>>| context.vm != *vm && context.mac() == mac;
-        if let Some(other) = contexts.iter().find(|context| others(context)) {
-            ensure!(
-                !other.is_connected() && !other.share.has_turn(),
-                "its address {mac} is that of {}: choose another with mac=",
-                other.vm
-            );
-            let same = other.vm.clone();
-            given_up.extend(contexts.extract_if(.., |context| context.vm == same));
-        }
-        let own = contexts.iter().find(|context| context.vm == *vm).cloned();
-        if let Some(context) = own {
-            let serial = context.reserve(mac);
-            return Ok(serial.map(|serial| (context, serial)));
-        }
-        if contexts.len() >= self.config.slots {
-            let free =
-                |context: &Arc<ContextOf<C>>| !context.is_connected() && !context.share.has_turn();
-            let Some(place) = contexts.iter().position(free) else {
-                bail!(
-                    "all of its {} slots are taken: stop a VM that is attached, or serve it with more --slots",
-                    self.config.slots
-                );
-            };
-            given_up.push(contexts.remove(place));
-        }
-        let context = Context::new(vm.clone(), mac, self.card.share(mac)?)?;
-        let context = Arc::new(context);
-        let serial = context.reserve(mac);
-        contexts.push(context.clone());
-        drop(contexts);
-        drop(given_up);
-        Ok(serial.map(|serial| (context, serial)))
-    }
-
-    /// The client of `vm` has gone. Its turn is passed on, if that is what was chosen.
-    pub fn gone(&self, vm: &VmName, serial: u64, why: &str) {
-        let Ok(context) = self.context(vm) else {
-            return;
-        };
-        if !context.client_has_gone(serial) {
-            return;
-        }
-        tracing::info!(%vm, "detached: {why}");
-        // One that is back already keeps its turn.
-        if self.config.on_exit == OnExit::Next && !context.is_connected() {
-            self.leave(&context, Reason::Gone);
-        }
-        // One that came back just now found that the turn was its own still.
-        let switching = lock(&self.switching);
-        let next = self.next(None);
-        let given = self.give_what_is_nobodys(&switching, next, Reason::Attached);
-        if let Err(error) = given {
-            tracing::warn!("nobody gets the turn: {error:#}");
         }
     }
 
@@ -447,47 +317,6 @@ impl<C: Card> Host<C> {
 
     pub(super) fn contexts(&self) -> MutexGuard<'_, Vec<Arc<ContextOf<C>>>> {
         lock(&self.contexts)
-    }
-
-    /// How it is.
-    pub fn status(&self) -> HostStatus {
-        let contexts = self.contexts().clone();
-        // Each may wait for its NIC: before the history is locked, which a switch writes to.
-        let contexts = contexts.iter().map(|context| context.status()).collect();
-        let turn = self.turn();
-        let mut history = lock(&self.history);
-        let switches = history.last(|turn| self.card.times(turn));
-        let every = *lock(&self.every);
-        let mut status = HostStatus {
-            name: self.config.name.to_string(),
-            pid: std::process::id(),
-            model: self.card.name(),
-            function: None,
-            net: self.config.wire.clone(),
-            parked: match self.config.parked {
-                ParkedAs::Down => "down",
-                ParkedAs::Stall => "stall",
-            }
-            .to_owned(),
-            on_exit: match self.config.on_exit {
-                OnExit::Keep => "keep",
-                OnExit::Next => "next",
-            }
-            .to_owned(),
-            slots: self.config.slots,
-            uptime_ms: monotonic_ns().saturating_sub(self.started_ns) / 1_000_000,
-            turn,
-            every_ms: every.map(|every| u64::try_from(every.as_millis()).unwrap_or(u64::MAX)),
-            contexts,
-            lost_without_turn: 0,
-            switch_count: history.count,
-            failed_switches: history.failed,
-            switch_times: history.times.clone(),
-            outages: history.outages.clone(),
-            switches,
-        };
-        self.card.fill(&mut status);
-        status
     }
 
     /// Takes the turn from whoever has it: the process ends.

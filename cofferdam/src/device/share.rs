@@ -26,8 +26,9 @@ pub trait Share: Send + Sync + 'static {
     /// Whether it has the turn.
     fn has_turn(&self) -> bool;
     /// Does what has to be done when something happens to its client: when that has gone, its NIC
-    /// reaches no memory.
-    fn listener(&self) -> Listener;
+    /// reaches no memory; when the guest goes on from a snapshot, its NIC is given `address` with the
+    /// state that it had there, once.
+    fn listener(&self, address: Option<MacAddress>) -> Listener;
     /// Says what it knows of itself.
     fn fill(&self, status: &mut ContextStatus);
 }

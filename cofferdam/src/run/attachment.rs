@@ -3,7 +3,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -58,15 +58,18 @@ pub struct Attachment {
     pub away: Arc<Mutex<Away>>,
     /// The guest's driver has to suspend the device before its turn is passed on.
     pub by_driver: Arc<AtomicBool>,
+    /// Model of the NIC, once it was attached.
+    pub model: Arc<OnceLock<String>>,
 }
 
 impl Attachment {
-    /// Attaches the NIC.
+    /// Attaches the NIC. That of a guest that goes on from a snapshot has to be of the model that
+    /// it was of.
     ///
     /// # Errors
     /// See [`attach`].
-    pub fn attach(&self) -> anyhow::Result<UnixStream> {
-        let (stream, info) = attach(&self.root, &self.host, &self.vm, self.mac)?;
+    pub fn attach(&self, goes_on: Option<&str>) -> anyhow::Result<UnixStream> {
+        let (stream, info) = attach(&self.root, &self.host, (&self.vm, self.mac), goes_on)?;
         self.by_driver.store(info.by_driver, Ordering::Relaxed);
         let turn = if info.turn {
             "and has the turn"
@@ -74,6 +77,8 @@ impl Attachment {
             "and waits for its turn"
         };
         tracing::info!(device = info.device, model = info.model, "attached {turn}");
+        // Of one that comes back it is another one only where it is then refused.
+        self.model.get_or_init(|| info.model);
         Ok(stream)
     }
 
@@ -140,7 +145,7 @@ impl Attachment {
     }
 
     fn again(&self, function: &Weak<Mutex<VfioUserFunction>>) -> anyhow::Result<()> {
-        let stream = self.attach()?;
+        let stream = self.attach(None)?;
         let Some(function) = function.upgrade() else {
             return Ok(());
         };
@@ -202,6 +207,7 @@ mod tests {
             mac: MacAddress([2, 0, 0, 0, 0, 1]),
             away: Arc::default(),
             by_driver: Arc::default(),
+            model: Arc::default(),
         };
         let said = |change: fn(&mut Away)| {
             attachment.clone().set_away(change).unwrap();

@@ -1,11 +1,20 @@
 //! NICs that are not in this process write guest memory without it: what follows changes of memory,
 //! or works on a copy of it, does not see what they write. Until it does, the two exclude each
 //! other.
+//!
+//! A snapshot needs none of that: where a device host has the NIC, it has it stand still while all
+//! memory and its state are taken.
+
+use std::fmt::{self, Debug, Formatter};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use devices::vfio_user::VfioUserFunction;
 
 use isolation::attach::Isolator;
+use vmm::snapshot::Others;
 use vmm::{Refused, VmHandle, VmState};
 
-use super::nics::Nics;
+use super::nics::{GuestNic, Nics};
 
 /// That none of `nics` is elsewhere, so that the VM can be `done`.
 ///
@@ -19,6 +28,72 @@ pub fn none(nics: &Nics, done: &str) -> Result<(), String> {
             nic.config.nic.wire()
         )),
         None => Ok(()),
+    }
+}
+
+/// Those of `nics` that are elsewhere, each of which can stand still while the VM is saved.
+///
+/// # Errors
+/// Which one cannot.
+pub fn that_can_be_saved(nics: &Nics) -> Result<Vec<GuestNic>, String> {
+    let all = nics.all().into_iter();
+    let elsewhere: Vec<_> = all.filter(GuestNic::is_elsewhere).collect();
+    match elsewhere.iter().find(|nic| nic.remote.is_none()) {
+        Some(nic) => Err(format!(
+            "the NIC at {} ({}) is a function of the host, whose state is not taken: such a VM cannot be saved yet",
+            nic.address(),
+            nic.config.nic.wire()
+        )),
+        None => Ok(elsewhere),
+    }
+}
+
+/// Has the devices of `nics` stand still, see [`that_can_be_saved`]: from here on they read and
+/// write no memory and do not interrupt. Nothing if there are none.
+///
+/// # Errors
+/// Which one does not, and why; the others go on.
+pub fn stand_still(nics: &[GuestNic]) -> Result<Option<Box<dyn Others>>, String> {
+    let mut still = Still(Vec::new());
+    for nic in nics {
+        let Some(function) = &nic.remote else {
+            continue;
+        };
+        let stopped = {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            function.stop()
+        };
+        stopped.map_err(|error| {
+            let (address, wire) = (nic.address(), nic.config.nic.wire());
+            format!("the NIC at {address} ({wire}) cannot be saved: {error}")
+        })?;
+        still.0.push(function.clone());
+    }
+    Ok((!still.0.is_empty()).then(|| Box::new(still) as Box<dyn Others>))
+}
+
+/// Devices that stand still until this is dropped.
+struct Still(Vec<Arc<Mutex<VfioUserFunction>>>);
+
+impl Debug for Still {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "{} devices that stand still", self.0.len())
+    }
+}
+
+impl Others for Still {
+    fn stay(mut self: Box<Self>) {
+        // Their connections end with the process.
+        self.0.clear();
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        for function in &self.0 {
+            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+            function.go_on();
+        }
     }
 }
 
@@ -38,7 +113,10 @@ pub fn may_come(vm: &VmHandle, isolator: &Isolator) -> Result<(), String> {
             "{} is isolated, and would not see what a device elsewhere writes: `cofferdam release` first",
             module.module
         )),
-        None => Ok(()),
+        // What it writes is in no diff but one for which every page is looked at.
+        None => vm
+            .stop_tracking_changes()
+            .map_err(|error| error.to_string()),
     }
 }
 

@@ -120,9 +120,10 @@ impl MadeNic {
             mac: net.mac.context("a NIC of a device host has an address")?,
             away: Arc::default(),
             by_driver: Arc::default(),
+            model: Arc::default(),
         };
         let slot = vm.reserve_pci_slot()?;
-        let stream = attachment.attach()?;
+        let stream = attachment.attach(net.saved_model.as_deref())?;
         let client = Client::new(stream, vm.dma_space(), Limits::default())?;
         let (nic, function) = Nic::remote(
             client,
@@ -134,6 +135,7 @@ impl MadeNic {
         attachment.keep(&function)?;
         let mut made = Self::elsewhere(nic, slot, net, index);
         made.nic.attachment = Some(attachment);
+        made.nic.remote = Some(function);
         Ok(made)
     }
 
@@ -169,6 +171,7 @@ impl MadeNic {
             meter: None,
             gateway: None,
             attachment: None,
+            remote: None,
             edge: slot.edge().clone(),
         };
         Self {
@@ -215,6 +218,7 @@ impl MadeNic {
             meter: Some(meter),
             gateway,
             attachment: None,
+            remote: None,
             edge: slot.edge().clone(),
         };
         Ok(Self {

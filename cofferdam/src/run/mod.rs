@@ -118,6 +118,8 @@ pub struct NetConfig {
     pub mac: Option<MacAddress>,
     /// It was saved on a wire of another kind.
     pub is_another_wire: bool,
+    /// Of a guest that goes on from a snapshot: the model of its device host's NIC that was saved.
+    pub saved_model: Option<String>,
 }
 
 impl RunConfig {

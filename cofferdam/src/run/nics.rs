@@ -12,6 +12,7 @@ use devices::hold::{CheckpointBy, DeviceState, Holdable, HoldableSet};
 use devices::nic::Nic;
 use devices::pci::bus::PowerState;
 use devices::pci::config::offset::COMMAND;
+use devices::vfio_user::VfioUserFunction;
 use devices::wire::gateway::GatewayControl;
 use vmm::VmHandle;
 
@@ -42,6 +43,8 @@ pub struct GuestNic {
     pub gateway: Option<GatewayControl>,
     /// The device host that has it, if one does.
     pub attachment: Option<Attachment>,
+    /// That device, as this process reaches it.
+    pub remote: Option<Arc<Mutex<VfioUserFunction>>>,
     /// What stands between the guest and the device.
     pub edge: Arc<Edge>,
 }
@@ -50,6 +53,11 @@ impl GuestNic {
     /// Its PCI address, as Linux writes it.
     pub fn address(&self) -> String {
         format!("0000:00:{:02x}.0", self.slot)
+    }
+
+    /// Whether it is not in this process: its device writes guest memory by itself.
+    pub fn is_elsewhere(&self) -> bool {
+        !matches!(self.config.nic, NicSpec::Model { .. })
     }
 }
 
@@ -143,8 +151,8 @@ impl Nics {
 
     /// One that is not in this process, if there is any: its device writes guest memory by itself.
     pub fn elsewhere(&self) -> Option<GuestNic> {
-        let is_elsewhere = |nic: &&GuestNic| !matches!(nic.config.nic, NicSpec::Model { .. });
-        self.lock().iter().find(is_elsewhere).cloned()
+        let all = self.lock();
+        all.iter().find(|nic| nic.is_elsewhere()).cloned()
     }
 
     /// Forgets those that came to `vm` while it ran and went again. Says whether others are left

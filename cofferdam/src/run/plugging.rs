@@ -100,6 +100,7 @@ impl Plugging {
             nic,
             mac,
             is_another_wire: false,
+            saved_model: None,
         };
         let made = MadeNic::new(&self.vm, &self.name, &config, number, &self.belongings)?;
         let nic = made.plug(&self.vm)?;

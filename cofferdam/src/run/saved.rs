@@ -9,6 +9,7 @@ use recovery::request::IsolatedModule;
 use serde::{Deserialize, Serialize};
 use vmm::snapshot::Manifest;
 
+use super::nics::GuestNic;
 use super::{NetConfig, RunConfig};
 use crate::options::{
     DiskSpec, MacAddress, MemorySize, NetOption, NetSpec, NicOption, NicSpec, SerialSpec, VmName,
@@ -48,6 +49,9 @@ struct SavedNic {
     wire: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mac: Option<String>,
+    /// Of a NIC of a device host: what `model` is of one in the VM's process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    device_model: Option<String>,
 }
 
 /// What a VM that goes on from a snapshot has otherwise than the one that it was taken of.
@@ -111,6 +115,7 @@ impl SavedVm {
                 model: net.nic.name().to_owned(),
                 wire,
                 mac: net.mac.map(|mac| mac.to_string()),
+                device_model: None,
             })
         };
         Ok(Self {
@@ -127,6 +132,15 @@ impl SavedVm {
             no_reboot: config.no_reboot,
             isolated: Vec::new(),
         })
+    }
+
+    /// The same with what device hosts have said of `nics`, which are in their order.
+    pub fn with_models(mut self, nics: &[GuestNic]) -> Self {
+        for (saved, nic) in self.nics.iter_mut().zip(nics) {
+            let attachment = nic.attachment.as_ref();
+            saved.device_model = attachment.and_then(|own| own.model.get().cloned());
+        }
+        self
     }
 
     /// The same with `isolated` in the guest.
@@ -282,6 +296,7 @@ impl SavedNic {
         };
         Ok(NetConfig {
             is_another_wire: discriminant(&wire) != discriminant(&saved_wire),
+            saved_model: None,
             nic: NicSpec::Model { model, wire },
             mac: given_mac.or(mac).or(own),
         })
@@ -295,7 +310,14 @@ impl SavedNic {
         clone: Option<(&VmName, usize)>,
     ) -> anyhow::Result<NetConfig> {
         let saved: NicOption = self.wire.parse()?;
-        let (nic, given_mac) = match given.unwrap_or(saved) {
+        let given = given.unwrap_or_else(|| saved.clone());
+        let is_function = |nic: &NicOption| matches!(nic, NicOption::Passthrough(_));
+        ensure!(
+            is_function(&given) == is_function(&saved),
+            "the guest's NIC {} cannot become another one: {given}",
+            self.wire
+        );
+        let (nic, given_mac) = match given {
             NicOption::Device { host, mac } => (NicSpec::Device(host), mac),
             NicOption::Passthrough(address) => (NicSpec::Passthrough(address), None),
             NicOption::Default(model) => {
@@ -308,6 +330,7 @@ impl SavedNic {
         };
         Ok(NetConfig {
             is_another_wire: false,
+            saved_model: self.device_model.clone(),
             mac: match nic {
                 NicSpec::Passthrough(_) => None,
                 _ => given_mac.or(mac).or(own),

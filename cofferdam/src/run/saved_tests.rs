@@ -13,6 +13,7 @@ fn config(nets: &[&str]) -> RunConfig {
             nic,
             mac: Some(MacAddress([2, 0, 0, 0, 0, index as u8 + 1])),
             is_another_wire: false,
+            saved_model: None,
         }
     };
     RunConfig {

@@ -76,7 +76,7 @@ impl VmService {
         told: Told,
     ) -> anyhow::Result<Self> {
         Ok(Self {
-            saved: SavedVm::new(config)?,
+            saved: SavedVm::new(config)?.with_models(&plugging.nics().all()),
             vm: plugging.vm().clone(),
             nics: plugging.nics().clone(),
             plugging,
@@ -155,6 +155,7 @@ impl Handler for VmService {
                     program: concat!("cofferdam ", env!("CARGO_PKG_VERSION")),
                     track,
                     stop,
+                    others_write: false,
                     limit: machine::REST_TIME,
                 };
                 self.snapshot(&request, asker)

@@ -55,7 +55,7 @@ pub struct Guest {
 pub fn connect(place: &Place, vm: &str, mac: u8) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let root = RuntimeRoot::new(place.path("run"));
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
-    attach(&root, &"nic".parse()?, &vm.parse()?, mac)
+    attach(&root, &"nic".parse()?, (&vm.parse()?, mac), None)
 }
 
 impl Guest {

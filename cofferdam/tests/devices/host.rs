@@ -14,6 +14,7 @@ use recovery::switch::Step;
 
 use crate::common::place::{LIMIT, Place};
 use crate::guest::{frame, wait};
+use crate::nic;
 
 /// The address of the far end of the wire.
 pub const FAR: [u8; 6] = [2, 0, 0, 0, 0, 0xfa];
@@ -151,12 +152,27 @@ impl Far {
         self.0.write_all(&[&length[..], &frame].concat()).unwrap();
     }
 
-    /// The text in the next frame of a guest.
-    pub fn receive(&mut self) -> String {
+    fn frame(&mut self) -> Vec<u8> {
         let mut length = [0; 4];
         self.0.read_exact(&mut length).unwrap();
         let mut frame = vec![0; u32::from_be_bytes(length) as usize];
         self.0.read_exact(&mut frame).unwrap();
-        crate::guest::text(&frame)
+        frame
+    }
+
+    /// The text in the next frame of a guest.
+    pub fn receive(&mut self) -> String {
+        crate::guest::text(&self.frame())
+    }
+
+    /// The number in the next frame that has one, of a guest that numbers its frames.
+    pub fn number(&mut self) -> u64 {
+        loop {
+            let frame = self.frame();
+            if frame[12..14] == [8, 6] {
+                let number = &frame[nic::NUMBER_AT..nic::NUMBER_AT + 8];
+                return u64::from_le_bytes(number.try_into().unwrap());
+            }
+        }
     }
 }

@@ -15,6 +15,9 @@ mod hellos;
 mod host;
 mod kills;
 mod kills_at_steps;
+#[path = "../../../vmm/tests/nic/mod.rs"]
+mod nic;
+mod snapshots;
 mod words;
 
 use cofferdam::device::protocol::{Reason, Request};

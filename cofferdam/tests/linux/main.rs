@@ -28,6 +28,7 @@ mod passed;
 mod passed_kills;
 mod passthrough;
 mod passthrough_isolated;
+mod saved_elsewhere;
 mod served;
 mod shared;
 mod shared_victim;

@@ -166,7 +166,7 @@ fn a_guest_that_attaches_in_the_moment_of_anothers_end_has_a_real_function_that_
             let runtime = RuntimeRoot::new(root);
             let mac = context(&served, NAMES[has]).mac.parse().unwrap();
             let name = NAMES[has].parse().unwrap();
-            let refused = attach(&runtime, &NAME.parse().unwrap(), &name, mac);
+            let refused = attach(&runtime, &NAME.parse().unwrap(), (&name, mac), None);
             let refused = refused.map(drop).unwrap_err().to_string();
             assert!(refused.contains("busy"), "{refused}");
         }

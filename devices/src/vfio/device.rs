@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::address::PciAddress;
 use super::binding::{DRIVER, Sysfs};
-use super::dma::{DmaMap, DmaMemory};
+use super::dma::{Container, DmaMap, DmaMemory};
 use super::error::VfioError;
 use super::sys;
 use crate::pci::areas::BarMemory;
@@ -66,7 +66,7 @@ pub struct VfioDevice {
     // Closed in this order: the device, then its group, then the container with its map.
     /// `None` once it was given back.
     open: RwLock<Option<Opened>>,
-    container: Arc<File>,
+    container: Arc<dyn Container>,
     regions: [Region; REGIONS],
     can_reset: bool,
 }
@@ -126,6 +126,12 @@ impl VfioDevice {
     /// One without regions, whose host refuses whatever it is asked.
     #[cfg(test)]
     pub(super) fn refuses() -> Self {
+        Self::refuses_but(Arc::new(File::open("/dev/null").unwrap()))
+    }
+
+    /// The same, with this to put memory into the map of.
+    #[cfg(test)]
+    pub(super) fn refuses_but(container: Arc<dyn Container>) -> Self {
         let nothing = || File::open("/dev/null").unwrap();
         Self {
             address: "0000:00:02.0".parse().unwrap(),
@@ -133,7 +139,7 @@ impl VfioDevice {
                 file: nothing(),
                 _group: nothing(),
             })),
-            container: Arc::new(nothing()),
+            container,
             regions: [Region::default(); REGIONS],
             can_reset: false,
         }
@@ -308,12 +314,9 @@ impl VfioDevice {
         self.ask(sys::reset)
     }
 
-    /// Lets it reach `memory`, in addition to what it reaches.
-    ///
-    /// # Errors
-    /// See [`VfioError::LockedMemory`]; or the addresses are reached already.
-    pub fn map(&self, memory: &DmaMemory) -> Result<DmaMap, VfioError> {
-        DmaMap::new(self.container.clone(), memory)
+    /// A map of what it reaches, in which there is nothing yet.
+    pub fn map(&self) -> DmaMap {
+        DmaMap::for_parts(self.container.clone())
     }
 
     /// A map for pieces of `memory`, in which there are none yet.

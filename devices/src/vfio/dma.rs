@@ -13,8 +13,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-pub(super) use self::map::Wanted;
 pub use self::map::{Batch, DmaMap};
+pub(super) use self::map::{Container, Wanted};
 use super::error::VfioError;
 use crate::dma::{DmaRegion, DmaSpace};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -205,14 +205,84 @@ fn map(region: &DmaRegion) -> io::Result<Part> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::collections::BTreeMap;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
 
     use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
     use crate::dma::tests::two_parts;
+
+    /// A host whose functions reach what is noted here.
+    #[derive(Debug, Default)]
+    pub(in crate::vfio) struct Host(Mutex<Noted>);
+
+    #[derive(Debug, Default)]
+    struct Noted {
+        reached: BTreeMap<u64, u64>,
+        takes: usize,
+        keeps: bool,
+        gives_up: usize,
+    }
+
+    impl Host {
+        /// It puts so many more pieces into the map.
+        pub(in crate::vfio) fn takes(&self, pieces: usize) {
+            self.0.lock().unwrap().takes = pieces;
+        }
+
+        /// It takes none out, or all.
+        pub(in crate::vfio) fn keeps(&self, keeps: bool) {
+            self.0.lock().unwrap().keeps = keeps;
+        }
+
+        /// It takes so many out, though it keeps the others.
+        pub(in crate::vfio) fn gives_up(&self, pieces: usize) {
+            self.0.lock().unwrap().gives_up = pieces;
+        }
+
+        /// Bytes that are reached.
+        pub(in crate::vfio) fn reached(&self) -> u64 {
+            self.0.lock().unwrap().reached.values().sum()
+        }
+    }
+
+    impl Container for Host {
+        unsafe fn map_dma(&self, guest: u64, _host: u64, bytes: u64) -> io::Result<()> {
+            let mut noted = self.0.lock().unwrap();
+            noted.takes = noted
+                .takes
+                .checked_sub(1)
+                .ok_or(io::ErrorKind::OutOfMemory)?;
+            assert_eq!(noted.reached.insert(guest, bytes), None, "twice");
+            Ok(())
+        }
+
+        fn unmap_dma(&self, guest: u64, bytes: u64) -> io::Result<()> {
+            let mut noted = self.0.lock().unwrap();
+            if noted.keeps {
+                noted.gives_up = noted.gives_up.checked_sub(1).ok_or(io::ErrorKind::Other)?;
+            }
+            assert_eq!(noted.reached.remove(&guest), Some(bytes), "not there");
+            Ok(())
+        }
+    }
+
+    /// So much memory, from address 0 on.
+    pub(in crate::vfio) fn memory_of(bytes: u64) -> DmaMemory {
+        let file = File::from(memfd_create("memory", MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(bytes).unwrap();
+        let region = DmaRegion {
+            address: 0,
+            len: bytes,
+            file: Arc::new(file),
+            offset: 0,
+        };
+        DmaMemory::new(&[region]).unwrap()
+    }
 
     #[test]
     fn all_of_the_memory_is_mapped_where_its_bytes_are() {

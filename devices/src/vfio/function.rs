@@ -191,29 +191,40 @@ impl VfioFunction {
         self.interrupt((0..count).collect());
     }
 
+    /// Puts all memory into the map that is not there.
     fn map_memory(&mut self) -> Result<(), VfioError> {
-        if self.map.is_some() {
+        let all: u64 = self.dma.regions().iter().map(|region| region.len).sum();
+        if self.map.as_ref().is_some_and(|map| map.bytes() == all) {
             return Ok(());
         }
-        let map = self.device.map(&DmaMemory::of_space(&self.dma)?)?;
+        let memory = DmaMemory::of_space(&self.dma)?;
+        let map = self.map.get_or_insert_with(|| self.device.map());
+        if let Err(error) = map.add_all(&memory) {
+            self.unmap_memory();
+            return Err(error);
+        }
         tracing::info!(
             device = %self.device.address(),
             mib = map.bytes() >> 20,
             took_us = map.took().as_micros() as u64,
             "guest memory is in the IOMMU's map"
         );
-        self.map = Some(map);
         Ok(())
     }
 
+    /// Takes all memory out of the map. What the host leaves there is known, and taken out the next
+    /// time.
     fn unmap_memory(&mut self) {
-        let Some(map) = self.map.take() else { return };
+        let Some(map) = &mut self.map else { return };
         match map.unmap() {
-            Ok(took) => tracing::info!(
-                device = %self.device.address(),
-                took_us = took.as_micros() as u64,
-                "guest memory is out of the IOMMU's map"
-            ),
+            Ok(took) => {
+                self.map = None;
+                tracing::info!(
+                    device = %self.device.address(),
+                    took_us = took.as_micros() as u64,
+                    "guest memory is out of the IOMMU's map"
+                );
+            }
             Err(error) => tracing::error!(%error, device = %self.device.address()),
         }
     }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use devices::hold::goes_on::HoldableFunction;
 use devices::hold::{DeviceAddress, HeldDevice, Holdable};
 use devices::pci::PciFunction;
+use devices::state::{Part, StateError};
+use devices::vfio_user::FunctionError;
 use devices::vfio_user::message::{
     Command, DeviceState, FEATURE_GET, FEATURE_MIG_STATE, FEATURE_PROBE, FEATURE_SET, Feature,
     MigData, MigState, Payload, RegionAccess,
@@ -98,11 +100,11 @@ fn a_function_that_is_stopped_is_not_reached_and_reaches_nothing() {
     assert_eq!(get(&mut raw), DeviceState::Stop);
     set(&mut raw, 2).unwrap();
     assert_eq!(read_config(&mut raw).unwrap(), [7, 0]);
-    // Who goes while it is stopped leaves it as it was.
+    // Who goes while it is stopped leaves it as it was, but for its way to memory.
     set(&mut raw, 1).unwrap();
     drop(raw);
     served.gone();
-    assert_eq!(command(), 7);
+    assert_eq!(command(), 3);
 }
 
 #[test]
@@ -297,4 +299,95 @@ fn a_card_elsewhere_is_put_back_as_it_was_when_a_call_reached_it() {
         held.restore().unwrap_err();
     });
     gone.unwrap();
+}
+
+fn memory_of(machine: &Machine) -> Vec<u8> {
+    let mut memory = vec![0; crate::support::MEMORY_BYTES as usize];
+    machine.dma.read(0, &mut memory).unwrap();
+    memory
+}
+
+/// As while a snapshot is taken: what comes meanwhile waits, and nothing of it is in memory.
+#[test]
+fn a_card_elsewhere_that_is_stopped_writes_no_memory_and_is_the_same_when_it_goes_on() {
+    let host = Host::new("e1000");
+    let (machine, served) = Machine::on(&host);
+    open(&machine);
+    send(&machine, 0, &frame(1));
+    assert_eq!(host.sent(), frame(1));
+    machine.nic.lock().unwrap().stop().unwrap();
+    let before = memory_of(&machine);
+    host.deliver(&frame(2));
+    let state = machine.nic.lock().unwrap().save().unwrap();
+    // It is stopped still, and what is attached anew would not be.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let anew = machine.nic.lock().unwrap().reconnect(ours);
+    assert!(matches!(anew, Err(FunctionError::Stopped)), "{anew:?}");
+    drop(theirs);
+    assert_eq!(machine.nic.lock().unwrap().save().unwrap(), state);
+    let waits = host.far_end.lock().unwrap().to_nic.len();
+    assert_eq!((waits, memory_of(&machine) == before), (1, true));
+    machine.nic.lock().unwrap().go_on();
+    assert_eq!(received(&machine, 0), frame(2));
+    send(&machine, 1, &frame(3));
+    assert_eq!(host.sent(), frame(3));
+    // What comes for a guest that ends with it is not lost in memory that is gone.
+    machine.nic.lock().unwrap().stop().unwrap();
+    host.deliver(&frame(4));
+    machine.nic.lock().unwrap().disconnect("a test");
+    served.gone();
+    assert_eq!(host.far_end.lock().unwrap().to_nic.len(), 1);
+    let gone = machine.nic.lock().unwrap().stop();
+    assert!(matches!(gone, Err(FunctionError::Gone)), "{gone:?}");
+}
+
+#[test]
+fn a_state_that_was_changed_cut_or_is_of_another_version_or_card_is_refused() {
+    let host = Host::new("e1000");
+    let (machine, _served) = Machine::on(&host);
+    open(&machine);
+    let state = machine.nic.lock().unwrap().save().unwrap();
+    let refused = |state: &Part| machine.nic.lock().unwrap().restore(state).unwrap_err();
+    // Whatever is between: what the server is given, and what is kept here.
+    let bytes = postcard::to_stdvec(&state).unwrap();
+    let mut tried = 0;
+    for at in (0..bytes.len() * 8).step_by((bytes.len() / 16) | 1) {
+        let mut flipped = bytes.clone();
+        flipped[at / 8] ^= 1 << (at % 8);
+        if let Ok(flipped) = postcard::from_bytes(&flipped) {
+            refused(&flipped);
+            tried += 1;
+        }
+    }
+    assert!(tried > 50, "{tried}");
+    let mut json = serde_json::to_value(&state).unwrap();
+    json["version"] = 2.into();
+    let error = refused(&serde_json::from_value(json).unwrap());
+    assert!(matches!(error, StateError::Damaged(_)), "{error}");
+    // The same of the part that goes to the server.
+    let (raw, _raw_served) = Raw::on(&host);
+    let mut raw = raw;
+    let inner = host.offered.function.lock().unwrap().save().unwrap();
+    let whole = postcard::to_stdvec(&inner).unwrap();
+    let mut give = |bytes: &[u8]| {
+        raw.ask(Command::DeviceReset, &[]).unwrap();
+        set(&mut raw, DeviceState::Resuming as u32).unwrap();
+        put(&mut raw, bytes).unwrap();
+        set(&mut raw, DeviceState::Running as u32)
+    };
+    for at in (0..whole.len() * 8).step_by((whole.len() / 16) | 1) {
+        let mut flipped = whole.clone();
+        flipped[at / 8] ^= 1 << (at % 8);
+        assert_eq!(give(&flipped), Err(libc::EINVAL), "bit {at}");
+    }
+    for end in (0..whole.len()).step_by((whole.len() / 40) | 1) {
+        assert_eq!(give(&whole[..end]), Err(libc::EINVAL), "cut at {end}");
+    }
+    let other = Host::new("virtio");
+    let other = other.offered.function.lock().unwrap().save().unwrap();
+    assert_eq!(
+        give(&postcard::to_stdvec(&other).unwrap()),
+        Err(libc::EINVAL)
+    );
+    give(&whole).unwrap();
 }

@@ -7,8 +7,12 @@
 //!  changed meanwhile, some times over  │ what is beside ─► memory of this process      │
 //! ```
 //!
+//! Where somebody beside this process writes guest memory, all of it is copied at rest, when they are
+//! kept from it.
+//!
 //! With the directory written beside its name, whoever looks finds all of the snapshot or nothing.
 
+use std::fmt::Debug;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -39,10 +43,19 @@ pub struct Beside {
     /// What guest memory is to hold at some places instead of what it holds: whoever has patched
     /// the guest tells what was there before. By guest physical address.
     pub instead: Vec<(GuestAddress, Vec<u8>)>,
+    /// What keeps others from guest memory until all of it is taken, see
+    /// [`SnapshotRequest::others_write`].
+    pub others: Option<Box<dyn Others>>,
+}
+
+/// Who writes guest memory beside this process, and stands still. Dropped, they go on.
+pub trait Others: Debug {
+    /// The guest does not go on where it was saved, and so they do not either.
+    fn stay(self: Box<Self>);
 }
 
 /// A snapshot that is wanted.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub struct SnapshotRequest<'a> {
     /// Where: a directory that is not there, or an empty one.
     pub dir: &'a Path,
@@ -55,6 +68,9 @@ pub struct SnapshotRequest<'a> {
     pub track: bool,
     /// The machine ends where the snapshot was taken.
     pub stop: bool,
+    /// Others write guest memory, of whom nothing tells what: all of it is copied at rest, where
+    /// [`Beside::others`] keeps them from it. A diff has every page compared then.
+    pub others_write: bool,
     /// How long the machine may take to come to rest.
     pub limit: Duration,
 }
@@ -76,6 +92,8 @@ pub struct Taken {
 
 /// What is known when the machine has been at rest.
 struct AtRest {
+    /// Of a machine that is to end with this. They go on before it does, if it does.
+    others: Option<Box<dyn Others>>,
     machine: Vec<u8>,
     devices: Vec<u8>,
     cpu: CpuModel,
@@ -83,6 +101,7 @@ struct AtRest {
     rest: Duration,
     /// Of a machine that is to end with this.
     stay: Option<Stay>,
+
     /// What changed since the last snapshot, where that is followed.
     changed: Option<ChangedPages>,
 }
@@ -100,6 +119,9 @@ impl VmHandle {
         beside: &mut dyn FnMut() -> Result<Beside, String>,
     ) -> Result<Taken, CaptureError> {
         let begun = Instant::now();
+        if request.others_write && request.track {
+            return Err(CaptureError::NotTracked);
+        }
         let parent = request.parent.map(Chain::open).transpose()?;
         if let Some(parent) = &parent {
             self.is_of_this_machine(parent)?;
@@ -113,7 +135,10 @@ impl VmHandle {
         );
         let image = image.map_err(cannot_write())?;
         let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
-        let copying = self.copy_ahead(&mut copier, parent.as_ref(), request.limit, tell)?;
+        let copying = match request.others_write {
+            true => None,
+            false => self.copy_ahead(&mut copier, parent.as_ref(), request.limit, tell)?,
+        };
         still_wanted(tell, "bringing the guest to rest")?;
         let mut at_rest = self.quiesce(request.limit, |quiesced| {
             self.take(request, quiesced, copying.as_ref(), &mut copier, beside)
@@ -154,6 +179,9 @@ impl VmHandle {
         drop(copying);
         if at_rest.stay.is_some() {
             self.power_off().map_err(QuiesceError::from)?;
+            if let Some(others) = at_rest.others.take() {
+                others.stay();
+            }
         }
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         Ok(Taken {
@@ -230,7 +258,7 @@ impl VmHandle {
         beside: &mut dyn FnMut() -> Result<Beside, String>,
     ) -> Result<AtRest, CaptureError> {
         let begun = Instant::now();
-        let beside = beside().map_err(CaptureError::Beside)?;
+        let mut beside = beside().map_err(CaptureError::Beside)?;
         let machine = quiesced.save()?;
         let devices = quiesced.save_devices()?;
         // Nobody is asked any more: what is left is short, or cannot be had otherwise.
@@ -247,6 +275,7 @@ impl VmHandle {
         }
         Ok(AtRest {
             stay: request.stop.then(|| quiesced.stay()),
+            others: beside.others.take().filter(|_| request.stop),
             rest: begun.elapsed(),
             cpu: machine.cpu_model(),
             machine: machine.to_bytes().map_err(Error::from)?,

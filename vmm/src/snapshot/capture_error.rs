@@ -28,6 +28,11 @@ pub enum CaptureError {
         /// MiB of this machine's.
         here: u64,
     },
+    /// Others write guest memory, and changes were to be followed.
+    #[error(
+        "what devices in other processes write is not followed: take the snapshot without --track"
+    )]
+    NotTracked,
     /// What is beside the machine cannot be saved.
     #[error("{0}")]
     Beside(String),

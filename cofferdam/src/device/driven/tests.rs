@@ -1,8 +1,10 @@
 //! A device host whose function is one of registers in this process, behind real vfio-user
 //! connections; the guests' drivers suspend and resume it.
 
+mod kills_at_steps;
+mod late;
+
 use std::collections::HashMap;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,11 +18,11 @@ use super::drivers::Drivers;
 use super::{DrivenCard, lock};
 use crate::control::client::AskError;
 use crate::device::ParkedAs;
-use crate::device::hello::{Welcome, read_line};
+use crate::device::at_step::Waiting;
 use crate::device::host::Host;
 use crate::device::passed::tests::device::{Device, Goes, RDBAL};
-use crate::device::passed::tests::guest::{Guest, MEMORY, host_of, wait, welcome};
-use crate::options::{MacAddress, VmName};
+use crate::device::passed::tests::guest::{Guest, MEMORY, host_of, wait};
+use crate::options::VmName;
 
 const TURNS: usize = 20;
 /// All that a device says that does not answer.
@@ -70,7 +72,12 @@ impl Vms {
 
     /// A VM that attaches; its guest, if it has the device, has its driver begin.
     fn boot(&self, host: &Host<DrivenCard>, vm: &str, mac: u8) {
-        let mut guest = Guest::attach(host, vm, mac);
+        self.boot_with(host, vm, mac, MEMORY);
+    }
+
+    /// The same with so much memory.
+    fn boot_with(&self, host: &Host<DrivenCard>, vm: &str, mac: u8, bytes: u64) {
+        let mut guest = Guest::attach_with(host, vm, mac, bytes);
         guest.reset();
         let begun = guest.info.turn;
         if begun {
@@ -83,6 +90,18 @@ impl Vms {
             suspended,
         };
         lock(&self.all).insert(vm.to_owned(), vm_state);
+    }
+
+    /// What a VM that was asked does, unless it has gone.
+    fn answer<T>(
+        &self,
+        vm: &VmName,
+        act: impl FnOnce(&mut Vm) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        match lock(&self.all).get_mut(vm.as_str()) {
+            Some(one) => act(one),
+            None => anyhow::bail!("{vm} has gone"),
+        }
     }
 
     /// The process of a VM ends.
@@ -106,7 +125,7 @@ impl Vms {
 impl Drivers for Vms {
     fn hand_over(&self, vm: &VmName) -> anyhow::Result<GivenAway> {
         self.note("suspends", vm)?;
-        self.with(vm.as_str(), |one| {
+        self.answer(vm, |one| {
             if !one.begun {
                 return Ok(GivenAway::Forgotten);
             }
@@ -123,7 +142,7 @@ impl Drivers for Vms {
     fn take_over(&self, vm: &VmName) -> anyhow::Result<TakenOver> {
         self.note("resumes", vm)?;
         drop(lock(&self.waits));
-        self.with(vm.as_str(), |one| {
+        self.answer(vm, |one| {
             // Nothing of another guest is left in it.
             assert_ne!(one.guest.identity(), [0xff; 4]);
             let (ring, own) = (one.guest.read(RDBAL), one.guest.ring());
@@ -147,6 +166,14 @@ fn host() -> (Arc<Host<DrivenCard>>, Vms) {
 }
 
 fn host_with(description: Option<Description>) -> (Arc<Host<DrivenCard>>, Vms) {
+    host_waiting(description, Waiting::default())
+}
+
+/// The same; its switches wait where they are told to.
+fn host_waiting(
+    description: Option<Description>,
+    waiting: Waiting,
+) -> (Arc<Host<DrivenCard>>, Vms) {
     let (device, shape) = Device::with_shape();
     let (kind, hardware) = DrivenKind::of(Box::new(device.clone()), shape, description).unwrap();
     let vms = Vms {
@@ -156,7 +183,8 @@ fn host_with(description: Option<Description>) -> (Arc<Host<DrivenCard>>, Vms) {
         fails: Arc::default(),
         waits: Arc::default(),
     };
-    let card = DrivenCard::of(kind, hardware, Box::new(vms.clone()));
+    let mut card = DrivenCard::of(kind, hardware, Box::new(vms.clone()));
+    card.waiting = waiting;
     (host_of(card, ParkedAs::Down, 8), vms)
 }
 
@@ -392,73 +420,4 @@ fn what_a_description_withholds_no_driver_gets_at() {
         assert_eq!(one.guest.read(RDBAL), one.guest.ring());
     });
     assert_eq!(vms.device.lock().get(HELD), 0x005e_c4e7);
-}
-
-/// Its VM did not answer in time, and did what it was asked for all the same.
-#[test]
-fn a_driver_of_which_nothing_was_heard_is_asked_to_resume_what_it_may_have_suspended() {
-    let (host, vms) = host();
-    vms.boot(&host, "left", 1);
-    vms.boot(&host, "right", 2);
-    *lock(&vms.fails) = Some("left suspends, late".to_owned());
-    let error = host.switch_to(&name("right")).unwrap_err().to_string();
-    assert!(error.contains("the turn is where it was"), "{error}");
-    assert_eq!(vms.asked(), ["left suspends", "left resumes"]);
-    vms.assert_works_for("left");
-}
-
-/// Neither guest's driver can resume it for a while.
-#[test]
-fn what_a_switch_left_with_nobody_is_somebodys_again_as_soon_as_it_can_be() {
-    let (host, vms) = host();
-    vms.boot(&host, "left", 1);
-    vms.device.lock().fails = Some(Step::Map);
-    vms.boot(&host, "right", 2);
-    host.switch_to(&name("right")).unwrap_err();
-    assert_eq!(host.turn(), None);
-    let failed = || host.status().failed_switches;
-    let before = failed();
-    wait("another attempt", || failed() > before);
-    assert!(host.turn().is_none() && vms.device.lock().is_silent());
-    vms.device.lock().fails = None;
-    wait("the turn", || host.turn().is_some());
-    let holder = host.turn().unwrap();
-    wait("its driver", || {
-        vms.asked().contains(&format!("{holder} resumes"))
-    });
-    wait("its registers", || {
-        let ring = vms.with(&holder, |one| one.guest.ring());
-        vms.device.lock().get(RDBAL) == ring && vms.device.lock().masters
-    });
-}
-
-#[test]
-fn who_attaches_waits_for_a_switch_in_which_drivers_have_their_time() {
-    let (host, vms) = host();
-    vms.boot(&host, "left", 1);
-    vms.boot(&host, "right", 2);
-    let waits = vms.waits.clone();
-    let held = lock(&waits);
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    std::thread::scope(|scope| {
-        let switch = scope.spawn(|| host.switch_to(&name("right")).map(drop));
-        wait("the other driver", || {
-            lock(&vms.asked).contains(&"right resumes".to_owned())
-        });
-        let mac = MacAddress([2, 0, 0, 0, 0, 3]);
-        let own = &host;
-        let attach = scope.spawn(move || own.attach(name("third"), mac, theirs));
-        for _ in 0..2 {
-            let said: Welcome = read_line(&ours, Duration::from_secs(120)).unwrap();
-            assert_eq!(said, Welcome::Wait {});
-        }
-        drop(held);
-        let Welcome::Ok(info) = welcome(&ours).unwrap() else {
-            panic!("not attached");
-        };
-        assert!(!info.turn && info.by_driver);
-        attach.join().unwrap().unwrap();
-        switch.join().unwrap().unwrap();
-    });
-    vms.assert_works_for("right");
 }

@@ -138,15 +138,23 @@ impl Share for ModelShare {
         self.turns.holder() == Some(self.port)
     }
 
-    fn listener(&self) -> Listener {
+    fn listener(&self, mut address: Option<MacAddress>) -> Listener {
         let (function, port) = (self.nic.function.clone(), self.port);
+        let set_address = self.nic.set_address.clone();
         let turns = self.turns.clone();
-        Box::new(move |event| {
-            if let ServerEvent::Gone(_) = event {
+        Box::new(move |event| match event {
+            ServerEvent::Gone(_) => {
                 stop_dma(&function);
                 // It fails for a port that is gone.
                 let _ = turns.plug(port, false);
             }
+            // The guest's own stores come later.
+            ServerEvent::Restored => {
+                if let Some(mac) = address.take() {
+                    set_address(mac.0);
+                }
+            }
+            ServerEvent::Negotiated | ServerEvent::InterruptsChanged | ServerEvent::Reset => {}
         })
     }
 

@@ -180,12 +180,12 @@ impl Share for PassedShare {
         self.turn.load(Ordering::Acquire)
     }
 
-    fn listener(&self) -> Listener {
+    fn listener(&self, _address: Option<MacAddress>) -> Listener {
         let function = self.function.clone();
         Box::new(move |event| match event {
             ServerEvent::InterruptsChanged => lock(&function).interrupts_changed(),
             ServerEvent::Gone(_) => lock(&function).client_gone(),
-            ServerEvent::Negotiated | ServerEvent::Reset => {}
+            ServerEvent::Negotiated | ServerEvent::Reset | ServerEvent::Restored => {}
         })
     }
 

@@ -85,7 +85,12 @@ impl VmService {
         request: &SnapshotRequest<'_>,
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
-        self.may_be("saved")?;
+        self.has_small_pages("saved")?;
+        let devices = elsewhere::that_can_be_saved(&self.nics)?;
+        let request = &SnapshotRequest {
+            others_write: !devices.is_empty(),
+            ..*request
+        };
         if self.nics.forget_gone(&self.vm) {
             return Err(
                 "a VM with NICs that came while it ran cannot be saved yet: `cofferdam unplug` takes them out"
@@ -108,6 +113,7 @@ impl VmService {
             Ok(Beside {
                 vm: json(&self.saved.with_isolated(isolated))?,
                 instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
+                others: elsewhere::stand_still(&devices)?,
             })
         };
         let taken = self.vm.snapshot(request, &mut tell, &mut beside);

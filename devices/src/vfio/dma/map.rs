@@ -1,6 +1,7 @@
 //! What is in the IOMMU's map, in pieces that go in and out by themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Debug;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -11,12 +12,34 @@ use super::{DmaMemory, LARGE_PAGE};
 use crate::vfio::error::VfioError;
 use crate::vfio::sys;
 
+/// Whose functions reach the memory: a container of VFIO.
+pub(in crate::vfio) trait Container: Debug + Send + Sync {
+    /// Lets them reach `bytes` bytes from `host` on of this process at `guest`.
+    ///
+    /// # Safety
+    /// As [`sys::map_dma`].
+    unsafe fn map_dma(&self, guest: u64, host: u64, bytes: u64) -> io::Result<()>;
+    /// Takes that away again.
+    fn unmap_dma(&self, guest: u64, bytes: u64) -> io::Result<()>;
+}
+
+impl Container for File {
+    unsafe fn map_dma(&self, guest: u64, host: u64, bytes: u64) -> io::Result<()> {
+        // SAFETY: the caller knows the memory.
+        unsafe { sys::map_dma(self, guest, host, bytes) }
+    }
+
+    fn unmap_dma(&self, guest: u64, bytes: u64) -> io::Result<()> {
+        sys::unmap_dma(self, guest, bytes).map(drop)
+    }
+}
+
 /// Memory that the functions of a container reach, at guest physical addresses. Dropped, they reach
 /// it no more. The kernel has found and locked its pages: the mapping in this process is needed for
 /// the next time only.
 #[derive(Debug)]
 pub struct DmaMap {
-    container: Arc<File>,
+    container: Arc<dyn Container>,
     /// Bytes of the pieces that are put in and taken out by themselves; each begins at a multiple
     /// of it, or where memory does.
     piece: u64,
@@ -26,25 +49,17 @@ pub struct DmaMap {
 }
 
 impl DmaMap {
-    /// Lets the functions of `container` reach `memory`.
-    ///
-    /// # Errors
-    /// The limit of locked memory is in the way, or the host has not enough.
-    pub(in crate::vfio) fn new(
-        container: Arc<File>,
-        memory: &DmaMemory,
-    ) -> Result<Self, VfioError> {
-        let mut map = Self::empty(container, u64::MAX);
-        map.add(memory, &Wanted::All, Batch::ALL)?;
-        Ok(map)
+    /// One in which there is nothing yet, for memory each part of which is a piece.
+    pub(in crate::vfio) fn for_parts(container: Arc<dyn Container>) -> Self {
+        Self::empty(container, u64::MAX)
     }
 
     /// One in which there is nothing yet, for `memory` in pieces.
-    pub(in crate::vfio) fn for_pieces(container: Arc<File>, memory: &DmaMemory) -> Self {
+    pub(in crate::vfio) fn for_pieces(container: Arc<dyn Container>, memory: &DmaMemory) -> Self {
         Self::empty(container, memory.piece_bytes())
     }
 
-    fn empty(container: Arc<File>, piece: u64) -> Self {
+    fn empty(container: Arc<dyn Container>, piece: u64) -> Self {
         Self {
             container,
             piece,
@@ -53,11 +68,20 @@ impl DmaMap {
         }
     }
 
+    /// Lets the functions reach all of `memory`, of which they may reach some.
+    ///
+    /// # Errors
+    /// The limit of locked memory is in the way, or the host has not enough. A part of it may be
+    /// there then, which is known.
+    pub fn add_all(&mut self, memory: &DmaMemory) -> Result<(), VfioError> {
+        self.add(memory, &Wanted::All, Batch::ALL).map(drop)
+    }
+
     /// Lets the functions reach more of `memory`: those of its pieces that are wanted, or some of
     /// them, and gives where the next ones are. It is the memory of which there are pieces already.
     ///
     /// # Errors
-    /// As those of [`Self::new`]; a part of it may be there then.
+    /// As those of [`Self::add_all`]; a part of it may be there then.
     pub(in crate::vfio) fn add(
         &mut self,
         memory: &DmaMemory,
@@ -80,7 +104,7 @@ impl DmaMap {
                 let host = part.host as u64 + (guest - part.guest);
                 // SAFETY: guest memory is changed by others at any time and read as such. It is
                 // mapped during the call: the piece is within its part.
-                let result = unsafe { sys::map_dma(&self.container, guest, host, bytes) };
+                let result = unsafe { self.container.map_dma(guest, host, bytes) };
                 result.map_err(|error| refused(error, memory.bytes()))?;
                 self.pieces.insert(guest, bytes);
             }
@@ -114,8 +138,11 @@ impl DmaMap {
         self.pieces.values().sum()
     }
 
-    /// Takes the memory out of the map; gives how long that took.
-    pub fn unmap(mut self) -> Result<Duration, VfioError> {
+    /// Takes all memory out of the map; gives how long that took.
+    ///
+    /// # Errors
+    /// The host does not take it out. What it has not is in the map still, and known to be.
+    pub fn unmap(&mut self) -> Result<Duration, VfioError> {
         let start = Instant::now();
         self.keep(&[], Batch::ALL)?;
         Ok(start.elapsed())
@@ -124,7 +151,7 @@ impl DmaMap {
     fn take_out(&mut self, kept: &BTreeSet<u64>, batch: Batch) -> io::Result<Option<u64>> {
         let (some, next) = batch.of(&self.pieces, kept);
         for (guest, bytes) in some {
-            sys::unmap_dma(&self.container, guest, bytes)?;
+            self.container.unmap_dma(guest, bytes)?;
             self.pieces.remove(&guest);
         }
         Ok(next)

@@ -5,6 +5,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::irq::MsiMessage;
 use crate::pci::config::{BAR_COUNT, CONFIG_SPACE_BYTES};
+use crate::vfio::dma::tests::Host;
 
 const VECTORS: u8 = 2;
 /// The base address register with the table of MSI-X, and where the capability is.
@@ -30,6 +31,10 @@ impl MsiVectors for Guest {
 
 /// A function whose host refuses whatever it is asked, and whose driver uses its vectors.
 fn in_use() -> (VfioFunction, Arc<Guest>) {
+    in_use_of(VfioDevice::refuses())
+}
+
+fn in_use_of(device: VfioDevice) -> (VfioFunction, Arc<Guest>) {
     let mut bytes = [0; CONFIG_SPACE_BYTES];
     bytes[..4].copy_from_slice(&[0x86, 0x80, 0xd3, 0x10]);
     // Capabilities.
@@ -39,7 +44,7 @@ fn in_use() -> (VfioFunction, Arc<Guest>) {
     bytes[CAPABILITY.into()..][..msix.len()].copy_from_slice(&msix);
     let mut bars = [0; BAR_COUNT];
     (bars[0], bars[usize::from(TABLE)]) = (0x2_0000, 0x4000);
-    let device = Arc::new(VfioDevice::refuses());
+    let device = Arc::new(device);
     let view = HostView {
         bytes: &bytes,
         bars,
@@ -116,4 +121,38 @@ fn a_function_whose_registers_stay_mapped_is_known_not_to_be_the_hosts() {
         assert_eq!(function.give_back(), !stays);
         drop(kept);
     }
+}
+
+/// What the device reaches is known, whatever the host does not do.
+#[test]
+fn memory_that_the_host_does_not_take_out_of_the_map_is_known_and_taken_out_later() {
+    let host = Arc::new(Host::default());
+    let (mut function, _guest) = in_use_of(VfioDevice::refuses_but(host.clone()));
+    let (_file, space) = crate::dma::tests::two_parts();
+    let all: u64 = space.regions().iter().map(|region| region.len).sum();
+    let known = |function: &VfioFunction| function.map.as_ref().map_or(0, DmaMap::bytes);
+    function.dma = space;
+    host.takes(usize::MAX);
+    function.map_memory().unwrap();
+    assert_eq!((known(&function), host.reached()), (all, all));
+    host.keeps(true);
+    for _ in 0..2 {
+        function.reset();
+        assert_eq!((known(&function), host.reached()), (all, all));
+    }
+    // One part goes, the other stays; what has gone comes again.
+    host.gives_up(1);
+    function.reset();
+    let left = host.reached();
+    assert!(0 < left && left < all);
+    assert_eq!(known(&function), left);
+    function.map_memory().unwrap();
+    assert_eq!((known(&function), host.reached()), (all, all));
+    host.keeps(false);
+    function.reset();
+    assert_eq!((known(&function), host.reached()), (0, 0));
+    // One that gets a part only has none.
+    host.takes(1);
+    function.map_memory().unwrap_err();
+    assert_eq!((known(&function), host.reached()), (0, 0));
 }

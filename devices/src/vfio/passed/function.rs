@@ -271,8 +271,10 @@ impl PassedFunction {
         };
         match &mut self.seat {
             Some(Seat::Here { hardware, .. }) if hardware.mapped_bytes() == 0 => {
+                // Were it to fail, some of it might be there.
+                self.reaches_other = true;
                 hardware.map(&memory, near)?;
-                self.in_part = near.is_some();
+                (self.reaches_other, self.in_part) = (false, near.is_some());
                 Ok(())
             }
             _ => Ok(()),

@@ -54,7 +54,7 @@ pub trait Hardware: RegisterAccess + Send {
     /// addresses, or all where that is not said.
     ///
     /// # Errors
-    /// The host does not; it reaches nothing then.
+    /// The host does not; it reaches nothing then, or what the host does not take away again.
     fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError>;
     /// Lets it reach more of `memory`, of which it reaches a part: `near`, or all, or as much as
     /// the batch says. Gives where the next batch begins, if there is more. It may run meanwhile.
@@ -237,10 +237,13 @@ impl Hardware for VfioHardware {
 
     fn map(&mut self, memory: &DmaMemory, near: Option<&[Range<u64>]>) -> Result<(), VfioError> {
         self.unmap()?;
-        let mut map = self.device.map_for_pieces(memory);
-        map.add(memory, &near.map_or(Wanted::All, Wanted::Near), Batch::ALL)?;
-        self.map = Some(map);
-        Ok(())
+        let map = self.map.insert(self.device.map_for_pieces(memory));
+        let added = map.add(memory, &near.map_or(Wanted::All, Wanted::Near), Batch::ALL);
+        if added.is_err() {
+            // Some of it may be there. What is not taken out again is known to be.
+            self.unmap()?;
+        }
+        added.map(drop)
     }
 
     fn map_more(
@@ -307,6 +310,39 @@ impl Hardware for VfioHardware {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vfio::dma::tests::{Host, memory_of};
+
+    /// What the device reaches is known, whatever the host does not do.
+    #[test]
+    fn memory_that_is_put_in_in_part_and_not_taken_out_again_is_known() {
+        const PIECE: u64 = 2 << 20;
+        let host = Arc::new(Host::default());
+        let mut hardware = VfioHardware {
+            map: None,
+            device: VfioDevice::refuses_but(host.clone()),
+            bar: 0,
+            in_use: InUse::Nothing,
+        };
+        let (memory, other) = (memory_of(3 * PIECE), memory_of(2 * PIECE));
+        host.takes(2);
+        hardware.map(&memory, None).unwrap_err();
+        assert_eq!((hardware.mapped_bytes(), host.reached()), (0, 0));
+        host.takes(2);
+        host.keeps(true);
+        hardware.map(&memory, None).unwrap_err();
+        for _ in 0..2 {
+            hardware.unmap().unwrap_err();
+            hardware.map(&other, None).unwrap_err();
+            assert_eq!(hardware.mapped_bytes(), 2 * PIECE);
+            assert_eq!(host.reached(), 2 * PIECE);
+        }
+        host.keeps(false);
+        host.takes(usize::MAX);
+        hardware.map(&other, None).unwrap();
+        assert_eq!(host.reached(), 2 * PIECE);
+        hardware.unmap().unwrap();
+        assert_eq!((hardware.mapped_bytes(), host.reached()), (0, 0));
+    }
 
     #[test]
     fn interrupts_that_could_not_be_ended_are_known_to_be_in_use() {

@@ -369,11 +369,7 @@ impl PassedFunction {
         {
             tracing::error!(%error, %worse, "the device of a guest that has gone");
         }
-        self.forget_interrupts();
-        if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
-            silence(hardware.as_mut());
-        }
-        (self.masters, self.in_part) = (false, false);
+        self.silence_here();
     }
 
     /// Regions of the user's memory have gone, and others have come: the device reaches what there
@@ -381,7 +377,8 @@ impl PassedFunction {
     /// is none. What comes is given to it while it works. Gives the memory that there is.
     ///
     /// # Errors
-    /// It cannot be mapped; the device reaches nothing then.
+    /// It cannot be mapped, or the host does not take away what has gone: the device neither
+    /// masters the bus nor interrupts then, until its driver or a switch has it go on.
     pub fn memory_changed(
         &mut self,
         removed: &[DmaRegion],
@@ -409,21 +406,40 @@ impl PassedFunction {
         {
             tracing::warn!(%error, "a device whose memory goes");
         }
+        let followed = self.let_go_of_memory().and_then(|()| {
+            self.memory = Some(memory?).filter(|memory| memory.bytes() > 0);
+            match self.has_device() && self.memory.is_some() {
+                true => self.go_on(),
+                false => Ok(()),
+            }
+        });
+        if let Err(error) = followed {
+            self.silence_here();
+            return Err(error);
+        }
+        Ok(self.memory.clone())
+    }
+
+    /// Takes all memory from a device that is here and stands still.
+    fn let_go_of_memory(&mut self) -> Result<(), PassedError> {
         if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
             self.reaches_other = true;
             hardware.set_master(false)?;
+            (self.masters, self.in_part) = (false, false);
             hardware.unmap()?;
-            (self.masters, self.in_part, self.reaches_other) = (false, false, false);
+            self.reaches_other = false;
         }
-        let memory = memory?;
-        if memory.bytes() == 0 {
-            return Ok(None);
+        Ok(())
+    }
+
+    /// Keeps a device that is here from reading and writing memory and from interrupting.
+    fn silence_here(&mut self) {
+        self.reaches_other = true;
+        self.forget_interrupts();
+        if let Some(Seat::Here { hardware, .. }) = &mut self.seat {
+            silence(hardware.as_mut());
         }
-        self.memory = Some(memory);
-        if self.has_device() {
-            self.go_on()?;
-        }
-        Ok(self.memory.clone())
+        (self.masters, self.in_part) = (false, false);
     }
 }
 

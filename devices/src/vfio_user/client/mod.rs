@@ -75,6 +75,8 @@ pub struct Client {
     limits: Limits,
     /// Why the connection ended.
     ended: Option<ChannelError>,
+    /// The device was stopped, see [`Client::stop`].
+    stopped: bool,
     next_id: u16,
     /// Posted writes since the last command that was answered.
     posted: u16,
@@ -112,6 +114,7 @@ impl Client {
             channel: channel.map_err(|error| ClientError::Connect(error.into()))?,
             limits,
             ended: None,
+            stopped: false,
             next_id: 0,
             posted: 0,
             capabilities: Capabilities::default(),

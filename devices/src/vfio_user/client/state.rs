@@ -47,14 +47,40 @@ impl Client {
         Ok(())
     }
 
-    /// The device's state, as bytes that only such a device reads. It runs afterwards.
+    /// Stops the device: from here on it reads and writes no memory and does not interrupt, until
+    /// [`Client::go_on`].
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn stop(&mut self) -> Result<(), ClientError> {
+        self.set_state(DeviceState::Stop)?;
+        self.stopped = true;
+        Ok(())
+    }
+
+    /// Has a device go on that was stopped.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn go_on(&mut self) -> Result<(), ClientError> {
+        match std::mem::take(&mut self.stopped) {
+            true => self.set_state(DeviceState::Running),
+            false => Ok(()),
+        }
+    }
+
+    /// The device's state, as bytes that only such a device reads. Afterwards it runs, or is stopped
+    /// if it was.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn save(&mut self) -> Result<Vec<u8>, ClientError> {
         self.set_state(DeviceState::StopCopy)?;
         let state = self.read_state();
-        let runs = self.set_state(DeviceState::Running);
+        let runs = self.set_state(match self.stopped {
+            true => DeviceState::Stop,
+            false => DeviceState::Running,
+        });
         let state = state?;
         runs.map(|()| state)
     }

@@ -53,6 +53,15 @@ pub enum FunctionError {
     /// The whole of it.
     #[error("the device's server has a function that cannot be used: {0}")]
     Unusable(&'static str),
+    /// Its state.
+    #[error("the device's server does not give its state away")]
+    Kept,
+    /// Its server has gone.
+    #[error("the device's server has gone")]
+    Gone,
+    /// It is stopped, and a server that is new would not be.
+    #[error("the device's state is being taken")]
+    Stopped,
     /// Another function than before.
     #[error("the device's server has another function than before")]
     Another,
@@ -76,6 +85,8 @@ pub struct VfioUserFunction {
     watched: Epoll,
     /// It is watched for room too: there is an answer that the socket did not take.
     awaits_room: bool,
+    /// See [`VfioUserFunction::stop`].
+    stopped: bool,
     dma: DmaSpace,
     line: Option<LineEvents>,
     /// Whose events those are: they end with it.
@@ -138,6 +149,7 @@ impl VfioUserFunction {
             connected: Arc::new(AtomicBool::new(true)),
             watched: Epoll::new()?,
             awaits_room: false,
+            stopped: false,
             line,
             _intx: intx,
             shown_otherwise: shape.shown_otherwise(),
@@ -172,8 +184,11 @@ impl VfioUserFunction {
     ///
     /// # Errors
     /// The server cannot be used, or has another function; what was there before is then gone as
-    /// well.
+    /// well. It is stopped: nothing has changed then.
     pub fn reconnect(&mut self, stream: UnixStream) -> Result<(), FunctionError> {
+        if self.stopped {
+            return Err(FunctionError::Stopped);
+        }
         let limits = self.client().limits();
         self.disconnect("it is to be connected anew");
         let mut client = Client::new(stream, self.dma.clone(), limits)?;

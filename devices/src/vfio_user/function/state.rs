@@ -22,6 +22,36 @@ struct State {
 }
 
 impl VfioUserFunction {
+    /// Has the device stand still while guest memory and all states are taken: it reads and writes
+    /// no memory and does not interrupt until [`VfioUserFunction::go_on`]. The guest stands still
+    /// meanwhile: its accesses would be refused.
+    ///
+    /// # Errors
+    /// Its server has gone, or does not give the device's state away.
+    pub fn stop(&mut self) -> Result<(), FunctionError> {
+        if !self.is_connected() {
+            return Err(FunctionError::Gone);
+        }
+        if !self.client().can_migrate()? {
+            return Err(FunctionError::Kept);
+        }
+        if let Err(error) = self.client().stop() {
+            self.check::<()>(Err(error.clone()));
+            return Err(error.into());
+        }
+        self.stopped = true;
+        Ok(())
+    }
+
+    /// Has a device go on that was stopped.
+    pub fn go_on(&mut self) {
+        self.stopped = false;
+        if self.is_connected() {
+            let goes_on = self.client().go_on();
+            self.check(goes_on);
+        }
+    }
+
     pub(super) fn save_part(&self) -> Result<Part, StateError> {
         let server = {
             let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);

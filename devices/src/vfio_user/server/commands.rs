@@ -364,7 +364,9 @@ impl Device {
         }
         if action == FEATURE_SET {
             let MigState(state) = parse(&feature.data)?;
-            self.migration.set(state)?;
+            let restored = self.migration.set(state)?;
+            self.events
+                .extend(restored.then_some(ServerEvent::Restored));
             return Ok(feature.to_bytes());
         }
         let room = feature.argsz >= Feature::BYTES + 8;

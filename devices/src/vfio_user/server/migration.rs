@@ -75,10 +75,11 @@ impl Migration {
         !self.is_running() || lock(&self.function).save().is_ok()
     }
 
-    /// Goes to a state by way of [`DeviceState::Stop`], or gives `errno`.
-    pub fn set(&mut self, state: DeviceState) -> Result<(), i32> {
+    /// Goes to a state by way of [`DeviceState::Stop`], or gives `errno`. Says whether the function
+    /// goes on from a state that was written.
+    pub fn set(&mut self, state: DeviceState) -> Result<bool, i32> {
         if state == self.state() {
-            return Ok(());
+            return Ok(false);
         }
         if state == DeviceState::Error || self.state() == DeviceState::Error {
             return Err(libc::EINVAL);
@@ -106,7 +107,7 @@ impl Migration {
             DeviceState::Running => return self.run(&stopped),
             DeviceState::Stop | DeviceState::Error => self.phase = Phase::Stop(stopped),
         }
-        Ok(())
+        Ok(false)
     }
 
     /// Stops the function, if it runs, and gives its state out of the phase.
@@ -146,7 +147,7 @@ impl Migration {
         }
     }
 
-    fn run(&mut self, stopped: &Stopped) -> Result<(), i32> {
+    fn run(&mut self, stopped: &Stopped) -> Result<bool, i32> {
         let mut function = lock(&self.function);
         if stopped.replaced {
             if let Err(error) = function.restore(&stopped.state) {
@@ -158,7 +159,7 @@ impl Migration {
             set_bus_master(&mut *function, true);
         }
         self.phase = Phase::Running;
-        Ok(())
+        Ok(stopped.replaced)
     }
 
     /// The next `size` bytes of the state, fewer at its end, or `errno`.
@@ -189,18 +190,11 @@ impl Migration {
         self.phase = Phase::Running;
     }
 
-    /// The client has gone: the function has the state that it had when it was stopped.
+    /// The client has gone, and its memory: the function goes on from the state that it had when it
+    /// was stopped, but without mastering the bus. What waits for it at a wire would be read into
+    /// nothing; whoever comes back lets it master the bus.
     pub fn abandon(&mut self) {
-        match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running | Phase::Error => {}
-            Phase::Stop(stopped)
-            | Phase::StopCopy { stopped, .. }
-            | Phase::Resuming { stopped, .. } => {
-                if stopped.mastered {
-                    set_bus_master(&mut *lock(&self.function), true);
-                }
-            }
-        }
+        self.phase = Phase::Running;
     }
 }
 

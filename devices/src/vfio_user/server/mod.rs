@@ -63,6 +63,9 @@ pub enum ServerEvent {
     InterruptsChanged,
     /// The client has reset the function.
     Reset,
+    /// The client has given the function a state, from which it goes on; told before the client
+    /// hears that it is done.
+    Restored,
     /// The connection has ended, and nothing of the client is left.
     Gone(String),
 }

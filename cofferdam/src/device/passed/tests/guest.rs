@@ -87,7 +87,7 @@ pub fn connect<C: Card>(
 ) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
-    host.attach(vm.parse()?, mac, theirs)?;
+    host.attach((vm.parse()?, mac), None, theirs)?;
     match welcome(&ours)? {
         Welcome::Ok(info) => Ok((ours, info)),
         Welcome::Wait {} => anyhow::bail!("it was waited for"),
@@ -112,7 +112,7 @@ impl Guest {
     }
 
     /// The same with so much memory.
-    fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
+    pub fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
         let (stream, info) = connect(host, vm, mac).unwrap();
         let offset = FileOffset::from_arc(file(bytes), 0);
         let range = (GuestAddress(0), bytes as usize, Some(offset));

@@ -27,3 +27,27 @@ fn nobody_is_given_a_device_that_reaches_anothers_memory() {
     assert!(state.masters && state.mapped == MEMORY);
     assert_eq!(state.sent.last(), Some(&3));
 }
+
+#[test]
+fn a_device_whose_memory_goes_and_is_not_taken_away_neither_masters_the_bus_nor_interrupts() {
+    let (host, device) = host(ParkedAs::Down, 8);
+    let mut left = Guest::boot(&host, "left", 1);
+    left.give_more();
+    left.send(3);
+    left.read(RDBAL);
+    device.lock().keeps_memory = true;
+    left.take_back();
+    {
+        let state = device.lock();
+        assert!(!state.masters && state.mapped > 0);
+        assert_eq!(state.goes, Goes::Nowhere);
+    }
+    device.lock().keeps_memory = false;
+    left.give_more();
+    left.send(4);
+    left.read(RDBAL);
+    let state = device.lock();
+    assert!(state.masters && state.mapped == 2 * MEMORY);
+    assert_ne!(state.goes, Goes::Nowhere);
+    assert_eq!(state.sent.last(), Some(&4));
+}

@@ -1,0 +1,107 @@
+//! A stock guest that is saved with a NIC of a device host, and goes on with it.
+
+use std::path::Path;
+
+use cofferdam::bench::device_host::{DeviceHost, NAME};
+use cofferdam::bench::guest::Guest;
+use cofferdam::control::protocol::{Reply, Request};
+
+use super::{
+    BOOT_TIME, GATEWAY, Pings, assert_log_is_healthy, assert_probed_once_and_reset_for_lost_links,
+    boot, insert_nic, nic_works, options, shell, wait_until, wait_until_connected,
+};
+use crate::full;
+
+const GUEST: &str = "left";
+
+/// Saves the guest, and says how long it stood still.
+#[track_caller]
+fn save(guest: &mut Guest, dir: &Path, stop: bool) {
+    guest.agent().disconnect();
+    let request = Request::Snapshot {
+        dir: dir.to_owned(),
+        parent: None,
+        track: false,
+        stop,
+    };
+    match guest.control().unwrap().ask(&request) {
+        Ok(Reply::Snapshot(taken)) => eprintln!("{taken:?}"),
+        other => panic!("{other:?}{}", guest.last_words()),
+    }
+}
+
+/// Numbered lines that go to the far end over one TCP connection and come back, twenty a second, in
+/// a session of their own: the agent ends programs whose client goes.
+fn begin_lines(guest: &mut Guest) {
+    let lines = "n=0; while [ ! -e /tmp/enough ]; do n=$((n+1)); echo line $n of a stream; sleep 0.05; done";
+    let script = format!(
+        "echo '{lines}' > /tmp/lines.sh; \
+         setsid sh -c 'sh /tmp/lines.sh | tee /tmp/sent | nc {GATEWAY} 7 > /tmp/back' < /dev/null > /dev/null 2>&1 &"
+    );
+    shell(guest, &script);
+    wait_until_connected(guest, 1);
+}
+
+/// So many have come back.
+#[track_caller]
+fn lines(guest: &mut Guest) -> u64 {
+    shell(guest, "wc -l < /tmp/back").trim().parse().unwrap()
+}
+
+/// More come back.
+#[track_caller]
+fn lines_move_on(guest: &mut Guest) {
+    let before = lines(guest);
+    wait_until("more lines", || lines(guest) > before + 5);
+}
+
+/// Ends them. What came back is what was sent, in its order.
+#[track_caller]
+fn end_lines(guest: &mut Guest) {
+    shell(guest, "touch /tmp/enough");
+    wait_until("the last line", || {
+        let same = "cmp -s /tmp/sent /tmp/back && echo same || true";
+        shell(guest, same).trim() == "same"
+    });
+}
+
+/// Of a checked TCP stream and pings neither the guest nor the far end notices more than a pause.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_stream_of_a_stock_guest_goes_on_across_snapshots_of_it_with_a_nic_of_a_device_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options().among(folder.path(), GUEST);
+    let words = ["--model", "e1000", "--net", "user"];
+    let host = DeviceHost::start(&options.program, folder.path(), &words).unwrap();
+    let mut guest = boot(&options.clone().with(&format!("--nic device={NAME}")));
+    insert_nic(&mut guest, "e1000", 15);
+    nic_works(&mut guest);
+    begin_lines(&mut guest);
+    let pings = Pings::start(&mut guest);
+    let rounds = if full() { 20 } else { 3 };
+    for round in 0..rounds {
+        // While it goes on.
+        let live = folder.path().join(format!("live-{round}"));
+        save(&mut guest, &live, false);
+        std::fs::remove_dir_all(live).unwrap();
+        lines_move_on(&mut guest);
+        let dir = folder.path().join(format!("saved-{round}"));
+        save(&mut guest, &dir, true);
+        let status = guest.wait_for_end(BOOT_TIME).unwrap();
+        assert!(status.success(), "{status}{}", guest.last_words());
+        drop(guest);
+        guest = boot(&options.clone().from_snapshot(&dir));
+        std::fs::remove_dir_all(dir).unwrap();
+        lines_move_on(&mut guest);
+        let answered = pings.answered(&mut guest);
+        pings.go_on(&mut guest, answered);
+        let status = host.status().unwrap();
+        assert_eq!(status.turn.as_deref(), Some(GUEST));
+        assert_eq!(status.contexts.len(), 1);
+        assert_eq!(status.contexts[0].attached, round + 2);
+    }
+    end_lines(&mut guest);
+    pings.end(&mut guest, GUEST);
+    assert_log_is_healthy(&mut guest, &["Tx Unit Hang", "Reset adapter"]);
+    assert_probed_once_and_reset_for_lost_links(&mut guest);
+}
