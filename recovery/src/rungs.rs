@@ -233,6 +233,8 @@ fn go_back<G: LiveGuest>(
 fn all_again<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::Result<()> {
     let guest = supervisor.guest();
     guest.agent().wait_until_it_answers(STEP_TIME)?;
+    // The driver that failed is not left to run as it is for longer than it has to.
+    isolate_again(supervisor, module)?;
     for (other, status) in supervisor.status() {
         if other == module {
             continue;
@@ -242,7 +244,7 @@ fn all_again<G: LiveGuest>(supervisor: &Supervisor<G>, module: &str) -> anyhow::
             tracing::error!("{other} is not isolated any more: {error:#}");
         }
     }
-    isolate_again(supervisor, module)
+    Ok(())
 }
 
 fn isolate_other<G: LiveGuest>(

@@ -12,6 +12,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use crate::at_work::AtWork;
 use crate::bar_slots::BarSlots;
 use crate::dirty::DirtyTracking;
+use crate::error::Error;
 use crate::exits::ExitCounters;
 use crate::gate::Gate;
 use crate::generation::GenerationId;
@@ -21,7 +22,7 @@ use crate::lifecycle::Requests;
 use crate::memory::GuestRam;
 use crate::panic::PanicDevice;
 use crate::participant::Participant;
-use crate::power::PowerDevice;
+use crate::power::{EVENT_GENERATION, PowerDevice};
 use crate::snapshot::SnapshotId;
 
 use crate::trap::TrapHandler;
@@ -108,6 +109,19 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
+    /// Gives a machine that goes on from a state an ID that its other copies have not, and tells
+    /// the guest, when memory is there and before any vCPU runs.
+    pub fn renew_generation(&self) -> Result<(), Error> {
+        let id = GenerationId::random()?;
+        *self
+            .generation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = id;
+        id.write(&self.ram)?;
+        self.power.announce(EVENT_GENERATION);
+        Ok(())
+    }
+
     pub fn trap_handler(&self) -> Option<Arc<dyn TrapHandler>> {
         self.trap
             .read()

@@ -9,11 +9,10 @@ use vm_memory::Bytes;
 
 use crate::cpu::regs;
 use crate::error::Error;
-use crate::generation::GenerationId;
 use crate::hotplug::Change;
 use crate::lifecycle::{Request, Taken};
 use crate::machine::Phase;
-use crate::power::{EVENT_GENERATION, RESET_VECTOR_CODE};
+use crate::power::RESET_VECTOR_CODE;
 use crate::state::Restore;
 use crate::vm::{ExitReason, OnGuestReset, Vm};
 use crate::{acpi, input, layout, vcpu};
@@ -24,26 +23,12 @@ impl Vm {
     pub fn run(&mut self) -> Result<ExitReason, Error> {
         input::map_reset(&self.machine);
         let result = match self.restored {
-            true => self.renew_generation(),
+            true => self.machine.renew_generation(),
             false => self.load_guest(),
         };
         let result = result.and_then(|()| self.run_threads());
         self.machine.operations().phase = Phase::Stopped;
         result
-    }
-
-    /// Gives a machine that goes on from a state an ID that its other copies have not, and tells
-    /// the guest, when memory is there and before any vCPU runs.
-    fn renew_generation(&self) -> Result<(), Error> {
-        let machine = &self.machine;
-        let id = GenerationId::random()?;
-        *machine
-            .generation
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = id;
-        id.write(&machine.ram)?;
-        machine.power.announce(EVENT_GENERATION);
-        Ok(())
     }
 
     fn run_threads(&mut self) -> Result<ExitReason, Error> {

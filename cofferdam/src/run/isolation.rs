@@ -54,6 +54,8 @@ pub struct Isolation {
     kernel_types: Mutex<Option<(u64, Arc<Btf>)>>,
     /// What the guest can go back to where it has no mark: the last snapshot of it.
     snapshot: Mutex<Option<LastSnapshot>>,
+    /// Whether it has a disk that it writes.
+    writes_disks: bool,
 }
 
 /// A snapshot that was taken, or gone on from.
@@ -88,7 +90,13 @@ impl Known {
 
 impl Isolation {
     /// For `vm` with its `isolator`, whose agent is reached at `agent_socket`.
-    pub fn new(vm: VmHandle, isolator: Arc<Isolator>, agent_socket: PathBuf, nics: Nics) -> Self {
+    pub fn new(
+        vm: VmHandle,
+        isolator: Arc<Isolator>,
+        agent_socket: PathBuf,
+        nics: Nics,
+        writes_disks: bool,
+    ) -> Self {
         Self {
             isolator,
             agent_socket,
@@ -97,6 +105,7 @@ impl Isolation {
             known: Mutex::new(None),
             kernel_types: Mutex::new(None),
             snapshot: Mutex::new(None),
+            writes_disks,
         }
     }
 
@@ -113,6 +122,14 @@ impl Isolation {
         };
         let (dir, id) = (dir.clone(), *id);
         drop(last);
+        ensure!(
+            !self.writes_disks,
+            "a disk that the guest writes does not go back with it"
+        );
+        ensure!(
+            self.nics.elsewhere().is_none(),
+            "a NIC of the guest is elsewhere, and writes its memory meanwhile"
+        );
         let chain = Chain::open(&dir)?;
         ensure!(
             chain.top().manifest().id == id,

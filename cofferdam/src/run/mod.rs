@@ -272,7 +272,8 @@ fn boot(
         put_into(&mut vm, saved, &nics, watch)?;
         steps.done("it has the snapshot's state");
     }
-    let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), &panic)?;
+    let writes_disks = config.disks.iter().any(|disk| !disk.read_only);
+    let supervisor = start_recovery(&vm, &nics, paths.agent_socket(), writes_disks, &panic)?;
     let in_line = saved.as_ref().map(|_| restored::get_in_line(&supervisor));
     let in_line = in_line.transpose()?;
     let plugging = plugging::Plugging::new(
@@ -381,6 +382,7 @@ fn start_recovery(
     vm: &Vm,
     nics: &nics::Nics,
     agent_socket: PathBuf,
+    writes_disks: bool,
     panic: &GuestPanic,
 ) -> anyhow::Result<Arc<Supervisor<Isolation>>> {
     let isolator = Isolator::attach(vm.handle())?;
@@ -389,7 +391,13 @@ fn start_recovery(
         forgetful.forget();
         drivers.forget();
     });
-    let guest = Isolation::new(vm.handle(), isolator, agent_socket, nics.clone());
+    let guest = Isolation::new(
+        vm.handle(),
+        isolator,
+        agent_socket,
+        nics.clone(),
+        writes_disks,
+    );
     let supervisor = Supervisor::start(guest).context("cannot start the thread of recovery")?;
     vm.handle().add_participant(supervisor.clone());
     vm.handle().add_participant(Arc::new(panic.clone()));

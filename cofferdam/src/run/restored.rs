@@ -151,10 +151,6 @@ impl Saved {
         agent: Client,
     ) -> anyhow::Result<()> {
         let manifest = self.chain.top().manifest();
-        // Its path as it is now: the process may be moved to another folder.
-        if let Ok(dir) = self.chain.top().dir().canonicalize() {
-            supervisor.guest().has_snapshot(dir, manifest.id);
-        }
         let saved = SavedVm::of(manifest)?;
         let now: Vec<_> = nics.all().iter().map(|nic| nic.config.mac).collect();
         let pairs = self.addresses()?.into_iter().zip(now);
@@ -163,6 +159,13 @@ impl Saved {
             addresses: pairs.filter(|(was, is)| was != is).collect(),
             isolated: saved.isolated().to_vec(),
         };
+        // A clone would have the addresses of its original there. Its path as it is now: the
+        // process may be moved to another folder.
+        if news.addresses.is_empty()
+            && let Ok(dir) = self.chain.top().dir().canonicalize()
+        {
+            supervisor.guest().has_snapshot(dir, manifest.id);
+        }
         let answered = self.record_first(vm)?;
         let supervisor = supervisor.clone();
         std::thread::Builder::new()

@@ -119,6 +119,9 @@ impl Quiesced<'_, '_> {
         self.restore(state).map_err(|error| error.to_string())?;
         let restored = self.restore_devices(devices);
         restored.map_err(|error| error.to_string())?;
+        // Another copy may have gone on from there, and this one has already.
+        let renewed = machine.renew_generation();
+        renewed.map_err(|error| error.to_string())?;
         self.machine.resets.fetch_add(1, Ordering::Relaxed);
         Ok(put)
     }

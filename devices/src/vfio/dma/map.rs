@@ -150,11 +150,18 @@ impl DmaMap {
 
     fn take_out(&mut self, kept: &BTreeSet<u64>, batch: Batch) -> io::Result<Option<u64>> {
         let (some, next) = batch.of(&self.pieces, kept);
+        // One piece that stays keeps none of the others reachable.
+        let mut failed = None;
         for (guest, bytes) in some {
-            self.container.unmap_dma(guest, bytes)?;
-            self.pieces.remove(&guest);
+            match self.container.unmap_dma(guest, bytes) {
+                Ok(()) => drop(self.pieces.remove(&guest)),
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
-        Ok(next)
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(next),
+        }
     }
 }
 

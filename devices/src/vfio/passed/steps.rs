@@ -319,6 +319,8 @@ impl PassedFunction {
         let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
             return Err(PassedError::NotHere);
         };
+        // A part of it may stay in the map, which is not all of it.
+        self.reaches_other = true;
         silence(hardware.as_mut());
         (self.masters, self.in_part) = (false, false);
         description.reset(hardware.as_mut(), address)?;
@@ -339,6 +341,7 @@ impl PassedFunction {
     /// # Errors
     /// It does not come back.
     pub(super) fn reset_device(&mut self) -> Result<(), PassedError> {
+        self.reaches_other = true;
         let hardware = self.hardware()?;
         silence(hardware.as_mut());
         (self.masters, self.in_part) = (false, false);
