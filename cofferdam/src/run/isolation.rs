@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use agent_protocol::Client;
-use agent_protocol::message::{Module, SymbolFilter};
+use agent_protocol::message::Module;
 use anyhow::{Context, anyhow, bail, ensure};
 use devices::clock::monotonic_ns;
 use devices::hold::{CheckpointBy, DeviceState, OutsideChanges};
@@ -15,9 +15,6 @@ use isolation::attach::request::{IsolateRequest, Isolated};
 use isolation::attach::text_fault::{FunctionText, LoadedModule, TextChange};
 use isolation::attach::{AttachError, DEFAULT_BUDGET, DEFAULT_SLEEP_LIMIT, Isolator};
 use isolation::dispatch::after_fault::FaultPolicy;
-use isolation::guest::btf::Btf;
-use isolation::guest::symbols::image::TableSymbols;
-use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 use isolation::status::ModuleStatus;
 use isolation::suspend_resume::DriverCalls;
 use recovery::asker::Asker;
@@ -28,6 +25,7 @@ use vmm::snapshot::{Chain, SnapshotId};
 use vmm::{MarkError, RewindError, VmHandle};
 
 use super::at_ports;
+use super::known::{Knowledge, Known};
 use super::nics::Nics;
 
 /// How long the agent may take to list the guest's symbols.
@@ -48,10 +46,7 @@ pub struct Isolation {
     agent_socket: PathBuf,
     nics: Nics,
     vm: VmHandle,
-    /// What is known of the module that was asked about last.
-    known: Mutex<Option<Arc<Known>>>,
-    /// Types of the guest's kernel, and the resets of the machine by then.
-    kernel_types: Mutex<Option<(u64, Arc<Btf>)>>,
+    knowledge: Knowledge,
     /// What the guest can go back to where it has no mark: the last snapshot of it.
     snapshot: Mutex<Option<LastSnapshot>>,
     /// Whether it has a disk that it writes.
@@ -64,28 +59,6 @@ struct LastSnapshot {
     dir: PathBuf,
     /// There may be another one in that place by now.
     id: SnapshotId,
-}
-
-/// What is known of a guest and one of its modules, for as long as the same modules are loaded at
-/// the same places.
-pub struct Known {
-    module: String,
-    /// Resets of the machine by then: a guest that boots anew may have its kernel elsewhere.
-    resets: u64,
-    loaded: Vec<Module>,
-    symbols: Arc<SymbolTable>,
-    /// Otherwise why they are not known.
-    types: Result<Arc<Btf>, String>,
-}
-
-impl Known {
-    /// Gives up the memory of what was looked at.
-    fn cool(&self) {
-        self.symbols.cool();
-        if let Ok(types) = &self.types {
-            types.cool();
-        }
-    }
 }
 
 impl Isolation {
@@ -102,8 +75,7 @@ impl Isolation {
             agent_socket,
             nics,
             vm,
-            known: Mutex::new(None),
-            kernel_types: Mutex::new(None),
+            knowledge: Knowledge::default(),
             snapshot: Mutex::new(None),
             writes_disks,
         }
@@ -157,59 +129,8 @@ impl Isolation {
         loaded: Vec<Module>,
     ) -> anyhow::Result<Arc<Known>> {
         let resets = self.vm.status().resets;
-        let mut known = lock(&self.known);
-        let same = |known: &&Arc<Known>| {
-            known.module == module && known.resets == resets && known.loaded == loaded
-        };
-        if let Some(known) = known.as_ref().filter(same) {
-            return Ok(known.clone());
-        }
-        // What was known does not take up memory while its successor is read.
-        *known = None;
-        let own = loaded.iter().find(|loaded| loaded.name == module);
-        let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
-        let image = self.isolator.kernel_image(module, &own.sections);
-        let image = image.inspect_err(|error| {
-            tracing::info!(%error, "symbols and types are asked of the guest's agent");
-        });
-        let image = image.ok();
-        let types = image.as_ref().and_then(|image| image.types.as_deref());
-        let types = self
-            .kernel_types(agent, resets, types)
-            .and_then(|kernel| module_types(agent, module, kernel))
-            .map_err(|error| format!("the types of its kernel and of {module} (BTF): {error:#}"));
-        let symbols = guest_symbols(agent, image.as_ref().map(|image| &image.symbols))?;
-        let new = Arc::new(Known {
-            module: module.to_owned(),
-            symbols: Arc::new(symbols),
-            types,
-            resets,
-            loaded,
-        });
-        *known = Some(new.clone());
-        Ok(new)
-    }
-
-    /// Types of the guest's kernel: those that are known since it was booted, what was found in its
-    /// memory, or what its agent reads.
-    fn kernel_types(
-        &self,
-        agent: &mut Client,
-        resets: u64,
-        found: Option<&[u8]>,
-    ) -> anyhow::Result<Arc<Btf>> {
-        let mut kept = lock(&self.kernel_types);
-        if let Some((_, types)) = kept.as_ref().filter(|(of, _)| *of == resets) {
-            return Ok(types.clone());
-        }
-        *kept = None;
-        let types = match found.map(|bytes| Btf::parse(bytes, None)) {
-            Some(Ok(types)) => types,
-            _ => Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?,
-        };
-        let types = Arc::new(types);
-        *kept = Some((resets, types.clone()));
-        Ok(types)
+        self.knowledge
+            .of(&self.isolator, resets, agent, module, loaded)
     }
 }
 
@@ -352,7 +273,7 @@ impl LiveGuest for Isolation {
 
     fn driver_changed(&self, _module: &str) {
         // Even at the same addresses it may have other functions and types.
-        *lock(&self.known) = None;
+        self.knowledge.forget();
     }
 
     fn begin_suspend_resume(
@@ -411,11 +332,11 @@ impl LiveGuest for Isolation {
     }
 
     fn learnt(&self) -> Self::Learnt {
-        lock(&self.known).clone()
+        self.knowledge.last()
     }
 
     fn put_learnt_back(&self, learnt: &Self::Learnt) {
-        lock(&self.known).clone_from(learnt);
+        self.knowledge.put_back(learnt.clone());
     }
 
     fn hold_link(&self, module: &str, hold: bool) {
@@ -460,35 +381,4 @@ impl LiveGuest for Isolation {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each change under these locks is whole when it can panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// All symbols of the guest.
-fn guest_symbols(agent: &mut Client, kernel: Option<&TableSymbols>) -> anyhow::Result<SymbolTable> {
-    let mut table = SymbolTableBuilder::default();
-    let is_known = kernel.is_some();
-    for symbol in kernel.into_iter().flat_map(TableSymbols::iter) {
-        table.add(&symbol)?;
-    }
-    let filter = SymbolFilter {
-        of_modules: is_known,
-        ..SymbolFilter::default()
-    };
-    for symbol in agent.symbols(filter)? {
-        if is_known && symbol.module.is_none() {
-            continue;
-        }
-        table.add(&Line {
-            address: symbol.address,
-            kind: symbol.kind,
-            name: &symbol.name,
-            module: symbol.module.as_deref(),
-        })?;
-    }
-    Ok(table.finish())
-}
-
-/// Types of `module`, with those of the kernel.
-fn module_types(agent: &mut Client, module: &str, kernel: Arc<Btf>) -> anyhow::Result<Arc<Btf>> {
-    let own = agent.read_file(&format!("/sys/kernel/btf/{module}"))?;
-    Ok(Arc::new(Btf::parse(&own, Some(kernel))?))
 }

@@ -18,6 +18,7 @@ mod elsewhere;
 pub mod escape;
 pub mod isolation;
 mod kept_console;
+mod known;
 pub(crate) mod machine;
 pub(crate) mod memory;
 mod meter;

@@ -10,11 +10,13 @@
 
 use devices::dma::GuestMemory;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use vm_memory::{Address, GuestAddress};
 
 use super::arm::text_of;
 use super::{AttachError, Isolator, live, physical_bits};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::paging::{AddressSpace, VirtMemory};
+use crate::guest::paging::AddressSpace;
+use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::image::{DIGITS_BYTES, TableSymbols, find_digits, symbols_in_image};
 
 /// Where a kernel can be: from `__START_KERNEL_map` on, `KERNEL_IMAGE_SIZE` bytes
@@ -33,7 +35,9 @@ const BEFORE: [u64; 4] = [2 << 20, 4 << 20, 8 << 20, 24 << 20];
 /// addresses, in bytes.
 const BEHIND: [u64; 2] = [1 << 20, 10 << 20];
 /// Most bytes of types.
-const MAX_TYPES: u64 = 64 << 20;
+const MAX_TYPES: u64 = 16 << 20;
+/// Most places that are looked at for the tables.
+const MAX_PLACES: usize = 16;
 
 /// What `linux_banner` begins with (init/version-timestamp.c).
 const BANNER: &[u8] = b"Linux version ";
@@ -60,94 +64,113 @@ impl Isolator {
     ) -> Result<KernelImage, AttachError> {
         let memory = self.vm.ram().memory().clone();
         let text = text_of(module, sections)?;
-        let space = self.vm.with_paused(|vcpus| {
+        // The tables are a process's, which may go: all of them is looked at while it cannot.
+        let parts = self.vm.with_paused(|vcpus| {
             let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
             let cpuid = vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-            let tables = live::kernel_tables(vcpus, physical_bits(&cpuid), text, &memory)?;
-            Ok::<_, AttachError>(tables.1)
+            let (_, space) = live::kernel_tables(vcpus, physical_bits(&cpuid), text, &memory)?;
+            read_only_data(&space, &memory).map_err(AttachError::NoKernelImage)
         })??;
-        Kernel::new(space, &memory)
-            .image()
-            .map_err(AttachError::NoKernelImage)
+        let kernel = Kernel {
+            memory: &memory,
+            parts,
+        };
+        kernel.image().map_err(AttachError::NoKernelImage)
     }
 }
 
-/// A kernel in the memory of its guest.
-struct Kernel<'a> {
-    virt: VirtMemory<'a, GuestMemory>,
+/// Read-only data that lies together, in memory as at addresses.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    first: u64,
+    at: GuestAddress,
+    len: u64,
 }
 
-impl<'a> Kernel<'a> {
-    fn new(space: AddressSpace, memory: &'a GuestMemory) -> Self {
-        Self {
-            virt: VirtMemory { space, memory },
+impl Part {
+    fn end(&self) -> u64 {
+        self.first + self.len
+    }
+}
+
+/// What is neither written nor executed, in the order of addresses.
+fn read_only_data(space: &AddressSpace, memory: &GuestMemory) -> Result<Vec<Part>, &'static str> {
+    let whole = GvaRange::new(Gva(KERNEL.0), KERNEL.1).ok_or("it has no place")?;
+    let mut parts: Vec<Part> = Vec::new();
+    let mut total: u64 = 0;
+    let visited = space.visit_pages(memory, whole, MAX_TABLES, |leaf| {
+        if leaf.rights.write || leaf.rights.execute {
+            return;
         }
+        let len = leaf.size.bytes();
+        total += len;
+        match parts.last_mut() {
+            Some(last)
+                if last.end() == leaf.at.0 && last.at.checked_add(last.len) == Some(leaf.gpa) =>
+            {
+                last.len += len;
+            }
+            _ => parts.push(Part {
+                first: leaf.at.0,
+                at: leaf.gpa,
+                len,
+            }),
+        }
+    });
+    visited.map_err(|_| "it has more page tables than there is room for")?;
+    match total {
+        ..=MAX_DATA => Ok(parts),
+        _ => Err("it has an absurd amount of read-only data"),
     }
+}
 
+/// A kernel's read-only data in the memory of its guest.
+struct Kernel<'a> {
+    memory: &'a GuestMemory,
+    parts: Vec<Part>,
+}
+
+impl Kernel<'_> {
     fn image(&self) -> Result<KernelImage, &'static str> {
-        let data = self.read_only_data()?;
-        let symbols = data
+        let mut left = MAX_PLACES;
+        let symbols = self
+            .parts
             .iter()
             .rev()
-            .find_map(|part| self.symbols_in(*part))
+            .find_map(|part| self.symbols_in(*part, &mut left))
             .ok_or("its symbols are not found in its memory")?;
         let names = ["linux_banner", "__start_BTF", "__stop_BTF"];
-        let [banner, first_type, last_type] = symbols.addresses(names).map(|at| at.map(Gva));
+        let [banner, first_type, last_type] = symbols.addresses(names);
         // The addresses are those of the kernel as it runs if what is there is what should be.
         let banner = banner.ok_or("it has no banner")?;
-        let words = self.virt.read_vec(banner, BANNER.len());
-        if words.ok().as_deref() != Some(BANNER) {
+        let words = banner.checked_add(BANNER.len() as u64);
+        let words = words.and_then(|end| self.bytes(banner, end));
+        if words.as_deref() != Some(BANNER) {
             return Err("its symbols are not where its tables say");
         }
         let types = first_type.zip(last_type);
-        let types = types.and_then(|(first, end)| self.types(first, end));
+        let types = types.filter(|(first, end)| end.saturating_sub(*first) <= MAX_TYPES);
+        let types = types.and_then(|(first, end)| self.bytes(first, end));
         Ok(KernelImage { symbols, types })
     }
 
-    /// What is neither written nor executed, in the order of addresses.
-    fn read_only_data(&self) -> Result<Vec<GvaRange>, &'static str> {
-        let whole = GvaRange::new(Gva(KERNEL.0), KERNEL.1).ok_or("it has no place")?;
-        let mut parts: Vec<(u64, u64)> = Vec::new();
-        let mut total = 0;
-        let visited = self
-            .virt
-            .space
-            .visit_pages(self.virt.memory, whole, MAX_TABLES, |leaf| {
-                if leaf.rights.write || leaf.rights.execute {
-                    return;
-                }
-                total += leaf.size.bytes();
-                match parts.last_mut() {
-                    Some((first, len)) if *first + *len == leaf.at.0 => {
-                        *len += leaf.size.bytes();
-                    }
-                    _ => parts.push((leaf.at.0, leaf.size.bytes())),
-                }
-            });
-        visited.map_err(|_| "it has more page tables than there is room for")?;
-        if total > MAX_DATA {
-            return Err("it has an absurd amount of read-only data");
-        }
-        let ranges = parts
-            .into_iter()
-            .filter_map(|(first, len)| GvaRange::new(Gva(first), len));
-        Ok(ranges.collect())
-    }
-
-    /// The symbols whose tables are in `part`, looked for from its end on.
-    fn symbols_in(&self, part: GvaRange) -> Option<TableSymbols> {
-        let (first, mut end) = (part.first().0, part.last().0);
-        while end > first {
-            let from = end.saturating_sub(PIECE).max(first);
+    /// The symbols whose tables are in `part`, looked for from its end on, at no more than `left`
+    /// places.
+    fn symbols_in(&self, part: Part, left: &mut usize) -> Option<TableSymbols> {
+        let mut end = part.end();
+        while end > part.first {
+            let from = end.saturating_sub(PIECE).max(part.first);
             // What is looked for may lie across the end.
-            let behind = part.last().0.min(end + DIGITS_BYTES as u64);
+            let behind = part.end().min(end + DIGITS_BYTES as u64);
             let piece = self.bytes(from, behind)?;
-            if let Some(at) = find_digits(&piece)
-                && let Some(symbols) = self.symbols_around(part, from + at as u64)
-            {
-                return Some(symbols);
+            if let Some(at) = find_digits(&piece) {
+                *left = left.checked_sub(1)?;
+                let symbols = self.symbols_around(part, from + at as u64);
+                if symbols.is_some() {
+                    return symbols;
+                }
             }
             end = from;
         }
@@ -155,33 +178,27 @@ impl<'a> Kernel<'a> {
     }
 
     /// The symbols whose tokens have their digits at `digits`.
-    fn symbols_around(&self, part: GvaRange, digits: u64) -> Option<TableSymbols> {
-        BEHIND
-            .iter()
-            .zip([1, BEFORE.len()])
-            .find_map(|(behind, tries)| {
-                let end = digits.saturating_add(*behind).min(part.last().0);
-                BEFORE.iter().take(tries).find_map(|before| {
-                    // Tables begin at multiples of eight bytes.
-                    let from = digits.saturating_sub(*before).max(part.first().0) & !0xfff;
-                    let bytes = self.bytes(from, end)?;
-                    symbols_in_image(&bytes).ok()
-                })
-            })
+    fn symbols_around(&self, part: Part, digits: u64) -> Option<TableSymbols> {
+        let around = BEHIND.iter().zip([1, BEFORE.len()]);
+        let mut around = around.flat_map(|(behind, tries)| {
+            let end = digits.saturating_add(*behind).min(part.end());
+            BEFORE.iter().take(tries).map(move |before| (*before, end))
+        });
+        around.find_map(|(before, end)| {
+            // Tables begin at multiples of eight bytes.
+            let from = digits.saturating_sub(before).max(part.first) & !0xfff;
+            symbols_in_image(&self.bytes(from, end)?).ok()
+        })
     }
 
-    fn types(&self, first: Gva, end: Gva) -> Option<Vec<u8>> {
-        let len = end.0.checked_sub(first.0)?;
-        if len > MAX_TYPES {
-            return None;
-        }
-        let end = first.0.checked_add(len)?;
-        self.bytes(first.0, end)
-    }
-
-    /// What is in memory from `from` to `end`, which is bounded by the caller.
+    /// What is at the addresses from `from` to `end`, which is bounded by what there is.
     fn bytes(&self, from: u64, end: u64) -> Option<Vec<u8>> {
-        let len = usize::try_from(end.checked_sub(from)?).ok()?;
-        self.virt.read_vec(Gva(from), len).ok()
+        let len = end.checked_sub(from)?;
+        let holds = |part: &&Part| part.first <= from && end <= part.end();
+        let part = self.parts.iter().find(holds)?;
+        let mut bytes = vec![0; usize::try_from(len).ok()?];
+        let at = part.at.checked_add(from - part.first)?;
+        GuestPhys::read(self.memory, at, &mut bytes).ok()?;
+        Some(bytes)
     }
 }

@@ -29,7 +29,9 @@ const COUNTS: std::ops::RangeInclusive<usize> = 256..=1 << 21;
 /// Most bytes from the first name to the token table.
 const MOST_BYTES: usize = 16 << 20;
 /// Most bytes of all kinds and names together.
-const MOST_TEXT: usize = 64 << 20;
+const MOST_TEXT: usize = 16 << 20;
+/// How many names are gone over in all while the number of names is looked for.
+const MOST_TRIED: usize = 4 << 20;
 /// Longest text of a token.
 const LONGEST_TOKEN: usize = 512;
 
@@ -244,7 +246,7 @@ impl<'a> Names<'a> {
         let lowest = words.len().saturating_sub(MOST_BYTES / 4);
         // Nearly no word could be a number of symbols: a plain loop, which a build for tests makes
         // fast as well.
-        let mut at = words.len();
+        let (mut at, mut left) = (words.len(), MOST_TRIED);
         while at > lowest {
             at -= 1;
             let count = u32::from_le_bytes(words[at]) as usize;
@@ -261,18 +263,23 @@ impl<'a> Names<'a> {
                     bytes,
                     count,
                 };
-                if names.fit().is_some_and(|fits| fits) {
+                if names.fit(&mut left) == Some(true) {
                     return Some(names);
+                }
+                if left == 0 {
+                    return None;
                 }
             }
         }
         None
     }
 
-    /// Whether markers come behind the names that say where every 256th is.
-    fn fit(&self) -> Option<bool> {
+    /// Whether markers come behind the names that say where every 256th is. No more than `left`
+    /// names are gone over, of which those are taken that were.
+    fn fit(&self, left: &mut usize) -> Option<bool> {
         let (mut at, mut marks) = (0, Vec::new());
         for number in 0..self.count {
+            *left = left.checked_sub(1)?;
             if number % PER_MARKER == 0 {
                 marks.push(at);
             }
@@ -308,11 +315,11 @@ impl<'a> Names<'a> {
         let mut at = 0;
         for address in addresses {
             let (packed, next) = self.next(at)?;
-            if text.len() > MOST_TEXT {
-                return None;
-            }
             for token in packed {
                 text.extend_from_slice(tokens.texts.get(usize::from(*token))?);
+                if text.len() > MOST_TEXT {
+                    return None;
+                }
             }
             rows.push((text.len(), address));
             at = next;
