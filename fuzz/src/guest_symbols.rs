@@ -2,7 +2,7 @@
 //! (`/proc/kallsyms`, and its tables in an image). The first byte says which.
 
 use isolation::guest::addr::Gva;
-use isolation::guest::symbols::image::{names_in_image, symbols_in_image};
+use isolation::guest::symbols::image::{MOST_TRIED, names_in_image, symbols_in_image};
 use isolation::guest::symbols::read_kallsyms;
 
 /// One input.
@@ -33,7 +33,7 @@ fn list(data: &[u8]) {
 
 fn in_image(data: &[u8]) {
     let names = names_in_image(data);
-    let Ok(symbols) = symbols_in_image(data) else {
+    let Ok(symbols) = symbols_in_image(data, &mut { MOST_TRIED }) else {
         return;
     };
     let same = names.is_ok_and(|names| names.iter().eq(symbols.iter().map(|symbol| symbol.name)));

@@ -17,7 +17,9 @@ use super::{AttachError, Isolator, live, physical_bits};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::paging::AddressSpace;
 use crate::guest::phys::GuestPhys;
-use crate::guest::symbols::image::{DIGITS_BYTES, TableSymbols, find_digits, symbols_in_image};
+use crate::guest::symbols::image::{
+    DIGITS_BYTES, MOST_TRIED, TableSymbols, find_digits, symbols_in_image,
+};
 
 /// Where a kernel can be: from `__START_KERNEL_map` on, `KERNEL_IMAGE_SIZE` bytes
 /// (arch/x86/include/asm/page_64_types.h).
@@ -134,7 +136,7 @@ struct Kernel<'a> {
 
 impl Kernel<'_> {
     fn image(&self) -> Result<KernelImage, &'static str> {
-        let mut left = MAX_PLACES;
+        let mut left = (MAX_PLACES, MOST_TRIED);
         let symbols = self
             .parts
             .iter()
@@ -156,9 +158,9 @@ impl Kernel<'_> {
         Ok(KernelImage { symbols, types })
     }
 
-    /// The symbols whose tables are in `part`, looked for from its end on, at no more than `left`
-    /// places.
-    fn symbols_in(&self, part: Part, left: &mut usize) -> Option<TableSymbols> {
+    /// The symbols whose tables are in `part`, looked for from its end on, at no more than so many
+    /// places and names.
+    fn symbols_in(&self, part: Part, left: &mut (usize, usize)) -> Option<TableSymbols> {
         let mut end = part.end();
         while end > part.first {
             let from = end.saturating_sub(PIECE).max(part.first);
@@ -166,8 +168,8 @@ impl Kernel<'_> {
             let behind = part.end().min(end + DIGITS_BYTES as u64);
             let piece = self.bytes(from, behind)?;
             if let Some(at) = find_digits(&piece) {
-                *left = left.checked_sub(1)?;
-                let symbols = self.symbols_around(part, from + at as u64);
+                left.0 = left.0.checked_sub(1)?;
+                let symbols = self.symbols_around(part, from + at as u64, &mut left.1);
                 if symbols.is_some() {
                     return symbols;
                 }
@@ -178,7 +180,7 @@ impl Kernel<'_> {
     }
 
     /// The symbols whose tokens have their digits at `digits`.
-    fn symbols_around(&self, part: Part, digits: u64) -> Option<TableSymbols> {
+    fn symbols_around(&self, part: Part, digits: u64, left: &mut usize) -> Option<TableSymbols> {
         let around = BEHIND.iter().zip([1, BEFORE.len()]);
         let mut around = around.flat_map(|(behind, tries)| {
             let end = digits.saturating_add(*behind).min(part.end());
@@ -187,7 +189,7 @@ impl Kernel<'_> {
         around.find_map(|(before, end)| {
             // Tables begin at multiples of eight bytes.
             let from = digits.saturating_sub(before).max(part.first) & !0xfff;
-            symbols_in_image(&self.bytes(from, end)?).ok()
+            symbols_in_image(&self.bytes(from, end)?, left).ok()
         })
     }
 

@@ -30,8 +30,8 @@ const COUNTS: std::ops::RangeInclusive<usize> = 256..=1 << 21;
 const MOST_BYTES: usize = 16 << 20;
 /// Most bytes of all kinds and names together.
 const MOST_TEXT: usize = 16 << 20;
-/// How many names are gone over in all while the number of names is looked for.
-const MOST_TRIED: usize = 4 << 20;
+/// How many names may be gone over in all while the number of names is looked for.
+pub const MOST_TRIED: usize = 64 << 20;
 /// Longest text of a token.
 const LONGEST_TOKEN: usize = 512;
 
@@ -81,7 +81,7 @@ impl TableSymbols {
 /// # Errors
 /// What of the tables is not found: the image has none, or keeps them in another order.
 pub fn names_in_image(image: &[u8]) -> Result<Vec<String>, &'static str> {
-    let tables = Tables::find(image)?;
+    let tables = Tables::find(image, &mut { MOST_TRIED })?;
     let none = vec![0; tables.names.count];
     let symbols = tables.names.read(&tables.tokens, none).ok_or(DAMAGED)?;
     Ok(symbols
@@ -91,12 +91,13 @@ pub fn names_in_image(image: &[u8]) -> Result<Vec<String>, &'static str> {
 }
 
 /// All symbols that the tables in `image` have, in their order. `image` begins at a multiple of
-/// eight bytes.
+/// eight bytes. No more than `left` names are gone over, from which those are taken that were:
+/// [`MOST_TRIED`] at first.
 ///
 /// # Errors
 /// What of the tables is not found.
-pub fn symbols_in_image(image: &[u8]) -> Result<TableSymbols, &'static str> {
-    let tables = Tables::find(image)?;
+pub fn symbols_in_image(image: &[u8], left: &mut usize) -> Result<TableSymbols, &'static str> {
+    let tables = Tables::find(image, left)?;
     let addresses = tables
         .addresses(image)
         .ok_or("its addresses are not found")?;
@@ -120,11 +121,12 @@ struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn find(image: &'a [u8]) -> Result<Self, &'static str> {
+    fn find(image: &'a [u8], left: &mut usize) -> Result<Self, &'static str> {
         let mut from = 0;
         while let Some(found) = memmem::find(image.get(from..).unwrap_or_default(), DIGITS) {
             if let Some(tokens) = Tokens::around(image, from + found) {
-                let names = Names::before(image, tokens.start).ok_or("its names are not found")?;
+                let names =
+                    Names::before(image, tokens.start, left).ok_or("its names are not found")?;
                 return Ok(Self { tokens, names });
             }
             from += found + 1;
@@ -241,12 +243,12 @@ struct Names<'a> {
 impl<'a> Names<'a> {
     /// Those before the token table at `tokens`: a number of names, so many names, and markers that
     /// agree with them.
-    fn before(image: &'a [u8], tokens: usize) -> Option<Self> {
+    fn before(image: &'a [u8], tokens: usize, left: &mut usize) -> Option<Self> {
         let words = image.get(..tokens)?.as_chunks::<4>().0;
         let lowest = words.len().saturating_sub(MOST_BYTES / 4);
         // Nearly no word could be a number of symbols: a plain loop, which a build for tests makes
         // fast as well.
-        let (mut at, mut left) = (words.len(), MOST_TRIED);
+        let mut at = words.len();
         while at > lowest {
             at -= 1;
             let count = u32::from_le_bytes(words[at]) as usize;
@@ -263,10 +265,14 @@ impl<'a> Names<'a> {
                     bytes,
                     count,
                 };
-                if names.fit(&mut left) == Some(true) {
+                // A name has a length and two tokens at least.
+                if count > bytes.len() / 3 {
+                    continue;
+                }
+                if names.fit(left) == Some(true) {
                     return Some(names);
                 }
-                if left == 0 {
+                if *left == 0 {
                     return None;
                 }
             }
@@ -409,7 +415,7 @@ mod tests {
                 image_with(&names, bytes, &[]),
                 image_with(&names, &[], bytes),
             ] {
-                let symbols = symbols_in_image(&image).unwrap();
+                let symbols = symbols_in_image(&image, &mut { MOST_TRIED }).unwrap();
                 let found: Vec<_> = symbols.iter().map(|symbol| symbol.address).collect();
                 assert_eq!(found, *wanted);
                 assert!(symbols.iter().zip(&names).all(|(symbol, name)| {
@@ -424,7 +430,7 @@ mod tests {
             addresses((0..601).map(|number| 16 * (number ^ 1)), base),
         ] {
             let image = image_with(&names, &no_kernel, &[]);
-            assert!(symbols_in_image(&image).is_err());
+            assert!(symbols_in_image(&image, &mut { MOST_TRIED }).is_err());
         }
     }
 
