@@ -169,3 +169,68 @@ fn a_function_that_has_gone_on_in_the_guest_answers_when_the_call_comes_back() {
     assert_eq!(kernel.answers, [answer(0x4321), answer(0x99)]);
     assert_eq!(end.regs.rax, 0x4321);
 }
+
+#[test]
+fn what_a_call_back_calls_with_the_stack_pointer_of_a_function_is_no_return_of_that_one() {
+    /// Words below the function's stack pointer that are in use.
+    const WORDS: u64 = 16;
+    const CALLED_BACK: u64 = DRIVER_TEXT + 0x100;
+    const AGAIN: u64 = DRIVER_DATA + 0x100;
+    const SAVED: u64 = DRIVER_DATA + 0x200;
+    let guest = Guest::new();
+    // Calls the driver back the first time, and returns its first argument.
+    guest.code(ANSWERS, |a| {
+        let mut end = a.create_label();
+        a.test(rsi, rsi).unwrap();
+        a.je(end).unwrap();
+        a.push(rdi).unwrap();
+        a.mov(rax, CALLED_BACK).unwrap();
+        a.call(rax).unwrap();
+        a.pop(rdi).unwrap();
+        a.set_label(&mut end).unwrap();
+        a.mov(rax, rdi).unwrap();
+        a.ret().unwrap();
+    });
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rax, AGAIN).unwrap();
+        a.mov(qword_ptr(rax), rsp).unwrap();
+        a.mov(rax, ANSWERS).unwrap();
+        a.call(rax).unwrap();
+        a.ret().unwrap();
+    });
+    // Keeps what is below, calls the function from where it was called, and puts it back.
+    guest.code(CALLED_BACK, |a| {
+        a.mov(rdx, AGAIN).unwrap();
+        a.mov(rdx, qword_ptr(rdx)).unwrap();
+        a.mov(rcx, SAVED).unwrap();
+        for word in 1..=WORDS as i32 {
+            a.mov(rax, qword_ptr(rdx - 8 * word)).unwrap();
+            a.mov(qword_ptr(rcx + 8 * word), rax).unwrap();
+        }
+        a.mov(qword_ptr(rcx), rsp).unwrap();
+        a.mov(rsp, rdx).unwrap();
+        a.mov(edi, 0x666).unwrap();
+        a.xor(esi, esi).unwrap();
+        a.mov(rax, ANSWERS).unwrap();
+        a.call(rax).unwrap();
+        a.mov(rdx, rsp).unwrap();
+        a.mov(rcx, SAVED).unwrap();
+        for word in 1..=WORDS as i32 {
+            a.mov(rax, qword_ptr(rcx + 8 * word)).unwrap();
+            a.mov(qword_ptr(rdx - 8 * word), rax).unwrap();
+        }
+        a.mov(rsp, qword_ptr(rcx)).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    domain.tell_answers([ANSWERS].into_iter());
+    let mut kernel = Kernel {
+        driver_functions: [CALLED_BACK].into(),
+        writable: vec![(DRIVER_DATA, 0x1000)],
+        ..kernel()
+    };
+    let result = begin(&guest, &mut domain, &mut kernel);
+    assert!(matches!(result.end, CallEnd::Committed), "{result:?}");
+    assert_eq!(result.stats.callbacks, 1);
+    assert_eq!(kernel.answers, [answer(0x666), answer(0x1234)]);
+}

@@ -310,16 +310,24 @@ impl Armed {
                 next => next.unwrap_or(unisolated),
             };
         }
-        let by_timer = self.is_called_by_timer(at);
-        if by_timer && !self.timers.begins(gate, at.regs.rdi, at.reached) {
+        let (failed_last, commits) = (known.failed_last, known.entry.commits);
+        // What has failed is never left to the guest, whatever time it takes.
+        let by_timer = attempt.is_first() && self.is_called_by_timer(at);
+        let is_in_time = !by_timer
+            || self
+                .timers
+                .begins(gate, at.regs.rdi, at.reached, at.holding);
+        if !is_in_time && !failed_last {
             if let Some(known) = self.gates.get_mut(&gate) {
                 known.entry.count_overdue();
             }
             return unisolated;
         }
         let next = self.run(gate, None, attempt, at).unwrap_or(unisolated);
-        if by_timer {
-            self.timers.ended(at.reached.elapsed());
+        let known = self.gates.get(&gate);
+        if by_timer && known.is_some_and(|known| known.entry.commits > commits) {
+            let took = at.reached.elapsed();
+            self.timers.committed(took.saturating_sub(at.holding));
         }
         next
     }

@@ -85,6 +85,9 @@ impl Armed {
         } = self.carry_out(&run, spilled)?;
         self.trace_result(&result);
         let failed = matches!(&result, Ok(result) if matches!(result.end, CallEnd::Aborted(_)));
+        if failed {
+            self.timers.failed(gate);
+        }
         let next = match result {
             Ok(result) => {
                 if let Some(known) = self.gates.get_mut(&gate) {

@@ -18,6 +18,11 @@ impl Attempt {
         spent: Duration::ZERO,
     };
 
+    /// Whether the call has not failed yet.
+    pub fn is_first(self) -> bool {
+        self.number == Self::FIRST.number
+    }
+
     /// The one after this.
     pub fn next(self) -> Self {
         Self {

@@ -16,6 +16,9 @@ struct UnderWay {
     call: KernelCall,
     /// Stack pointer behind its return.
     rsp: u64,
+    /// Call-backs that it was called in: the driver chooses where on the stack it calls from, but
+    /// cannot return to what a call-back is within.
+    depth: usize,
 }
 
 /// Answers of a call.
@@ -35,20 +38,24 @@ impl Answers {
 impl Call<'_> {
     /// A kernel function is about to be called that returns with stack pointer `rsp`.
     pub(super) fn answer_enter(&mut self, call: KernelCall, rsp: u64) {
+        let depth = self.callbacks.len();
         let under_way = &mut self.answers.under_way;
+        // What was called in a call-back that is over never returned.
+        under_way.retain(|one| one.depth <= depth);
         if self.domain.monitor.answers(call.function) && under_way.len() < MAX_UNDER_WAY {
-            under_way.push(UnderWay { call, rsp });
+            under_way.push(UnderWay { call, rsp, depth });
         }
     }
 
     /// One has returned with stack pointer `rsp`, in P or in the guest.
     pub(super) fn answer_leave(&mut self, rsp: u64, result: u64) {
+        let depth = self.callbacks.len();
         let under_way = &mut self.answers.under_way;
-        let mut found = under_way.iter().rev().filter(|one| one.rsp == rsp);
-        let Some(call) = found.next().map(|one| one.call) else {
+        let is_it = |one: &UnderWay| one.rsp == rsp && one.depth == depth;
+        let Some(call) = under_way.iter().rfind(|one| is_it(one)).map(|one| one.call) else {
             return;
         };
-        under_way.retain(|one| one.rsp != rsp);
+        under_way.retain(|one| !is_it(one));
         let Some(answer) = self.supervisor.answered(&call, result) else {
             return;
         };

@@ -107,7 +107,8 @@ impl Encoder {
             ("_refcount", int, 52),
         ];
         self.structure("page", 64, &page);
-        self.structure("slab", 64, &[("slab_cache", pointer, 24)]);
+        let slab = [("slab_cache", pointer, 24), ("freelist", pointer, 32)];
+        self.structure("slab", 64, &slab);
         let cache = [
             ("size", int, 0),
             ("object_size", int, 4),

@@ -18,6 +18,10 @@ use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::reach::{Answered, Rules};
 
+/// Most answers that are kept until somebody looks behind them: the oldest half of them is forgotten
+/// then.
+const MAX_FRESH: usize = 2048;
+
 /// What is known of answers.
 #[derive(Debug, Default)]
 pub(super) struct Answers {
@@ -41,6 +45,12 @@ impl Answers {
             rules: found.collect(),
             fresh: Vec::new(),
         }
+    }
+
+    /// How many are kept.
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        self.fresh.len()
     }
 
     /// The call is over.
@@ -77,7 +87,11 @@ impl DriverPolicy {
 
     /// The call was answered with these objects.
     pub fn was_answered(&mut self, answers: &[Answer]) {
-        self.answers.fresh.extend_from_slice(answers);
+        let fresh = &mut self.answers.fresh;
+        fresh.extend_from_slice(answers);
+        if fresh.len() > MAX_FRESH {
+            fresh.drain(..fresh.len() - MAX_FRESH / 2);
+        }
     }
 
     /// Opens what may be written of the objects that the call was answered with.

@@ -1,5 +1,6 @@
 //! Objects of slab caches that are the driver's alone (`kmem_cache_create`), whenever they were
-//! handed out: all of them are its own.
+//! handed out: all of them are its own but those that are free, in which the allocator keeps its
+//! lists.
 
 use super::{CallMemory, DriverPolicy};
 use crate::guest::addr::{Gva, GvaRange};
@@ -20,7 +21,8 @@ impl DriverPolicy {
         at: Gva,
     ) -> bool {
         let virt = memory.private;
-        let allocations = Allocations::new(&self.memory, virt);
+        let earlier = memory.earlier();
+        let allocations = Allocations::new(&self.memory, virt).on_processor(memory.per_cpu_base);
         let Some(object) = allocations.allocation_at(at) else {
             return false;
         };
@@ -28,7 +30,12 @@ impl DriverPolicy {
             return false;
         };
         let mut variables = self.own_variables.caches.iter();
-        if !variables.any(|variable| virt.read_u64(*variable).ok() == Some(cache.0)) {
+        // The call may have had its variable point at another one.
+        let leads_there = variables.any(|variable| {
+            virt.read_u64(*variable).ok() == Some(cache.0)
+                && earlier.read_u64(*variable).ok() == Some(cache.0)
+        });
+        if !leads_there || allocations.is_free(object.range.first()) == Some(true) {
             return false;
         }
         let users = self.names.find_struct(&self.types, CACHE);

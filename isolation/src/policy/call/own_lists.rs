@@ -8,6 +8,7 @@ use crate::guest::modules::ModuleLayout;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
 use crate::policy::range_table::ObjectKind;
+use crate::policy::reach::MAX_LINKS;
 
 /// Bytes of a `struct list_head`, and the most from one variable of that size to the next.
 const HEAD_BYTES: std::ops::RangeInclusive<u64> = 16..=64;
@@ -44,11 +45,12 @@ impl DriverPolicy {
         let is_object = matches!(object.kind, AllocationKind::Slab | AllocationKind::Vmalloc)
             && stack.is_none_or(|stack| stack.intersection(&object.range).is_none());
         let heads = &self.list_heads;
+        let mut budget = MAX_LINKS;
         let is_listed = is_object
             && (self.reach(memory.private, memory, |reach| {
-                reach.is_listed(heads, &object)
+                reach.is_listed(heads, &object, &mut budget)
             }) || self.reach(memory.earlier(), memory, |reach| {
-                reach.is_listed(heads, &object)
+                reach.is_listed(heads, &object, &mut budget)
             }));
         let label = "in a list of the driver's".into();
         is_listed

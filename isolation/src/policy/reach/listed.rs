@@ -6,15 +6,18 @@ use crate::guest::addr::Gva;
 use crate::guest::allocations::{Allocation, FindAllocation};
 use crate::guest::phys::GuestPhys;
 
-/// Most objects of a list that are looked at.
+/// Most links of one list that are looked at.
 const MAX_LISTED: usize = 1024;
+/// Most links that one question may look at, of all lists together: the guest stands still meanwhile.
+pub const MAX_LINKS: usize = 4096;
 /// Offset of the pointer to the previous one in a link, in bytes.
 const PREVIOUS: u64 = 8;
 
 impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
     /// Whether `object` is in a list with one of these `heads`, by a link where one of the driver's
-    /// structures has one, of a size for which it could have been handed out.
-    pub fn is_listed(&self, heads: &[Gva], object: &Allocation) -> bool {
+    /// structures has one, of a size for which it could have been handed out. Each link on the way
+    /// points back at the one before. Takes the links that it looks at from `budget`.
+    pub fn is_listed(&self, heads: &[Gva], object: &Allocation, budget: &mut usize) -> bool {
         let Some(link) = self.struct_named("list_head") else {
             return false;
         };
@@ -29,9 +32,11 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
             let mut at = *head;
             (0..MAX_LISTED)
                 .map_while(|_| {
+                    *budget = budget.checked_sub(1)?;
                     let next = self.virt.read_u64(at).ok().map(Gva)?;
+                    let leads_back = self.word(next.checked_add(PREVIOUS)) == Some(at);
                     at = next;
-                    (next != *head).then_some(next)
+                    (leads_back && next != *head).then_some(next)
                 })
                 .any(|link| object.range.contains(link) && may_be_in(link))
         })
@@ -39,11 +44,17 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
 
     /// Whether something is in a list with its head at `at`, and points back at it.
     fn is_head(&self, at: Gva) -> bool {
-        let word = |at: Option<Gva>| self.virt.read_u64(at?).ok().map(Gva);
         let back = at.checked_add(PREVIOUS);
-        let (Some(first), Some(last)) = (word(Some(at)), word(back)) else {
+        let (Some(first), Some(last)) = (self.word(Some(at)), self.word(back)) else {
             return false;
         };
-        first != at && word(first.checked_add(PREVIOUS)) == Some(at) && word(Some(last)) == Some(at)
+        first != at
+            && self.word(first.checked_add(PREVIOUS)) == Some(at)
+            && self.word(Some(last)) == Some(at)
+    }
+
+    /// The pointer at `at`.
+    fn word(&self, at: Option<Gva>) -> Option<Gva> {
+        self.virt.read_u64(at?).ok().map(Gva)
     }
 }

@@ -53,6 +53,7 @@ use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
 pub(in crate::policy) use counted::{member_range, reference_counts};
+pub(in crate::policy) use listed::MAX_LINKS;
 pub use names::Names;
 pub use path::Path;
 pub use rules::{

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::domain::supervisor::Answer;
+use crate::guest::allocations::{Allocation, FindAllocation};
 
 /// A `struct buffer_head`, or a `struct dentry`.
 const OBJECT: u64 = OBJECTS + 512;
@@ -125,6 +126,50 @@ fn answers_by_a_pointer_are_read_when_the_function_returns() {
     assert_eq!(returns(&mut policy, &guest, KERN_PATH, nowhere, 0), None);
 }
 
+#[test]
+fn only_so_many_answers_are_kept_and_the_latest_ones_are_among_them() {
+    let guest = block(1024);
+    let mut policy = policy(&guest);
+    policy.begin("my_irq", [0; 6]);
+    for _ in 0..10_000 {
+        policy.was_answered(&[Answer {
+            function: BREAD,
+            at: 0,
+        }]);
+        assert!(policy.answers.kept() <= 2048);
+    }
+    let answer = returns(&mut policy, &guest, BREAD, [0; 6], OBJECT);
+    assert!(answer.is_some());
+    assert!(ask(&mut policy, &guest, &guest, HEAD, 1));
+}
+
+#[test]
+fn only_so_many_links_of_all_lists_are_looked_at() {
+    let mut guest = guest_with_objects();
+    let link = OBJECT + 16;
+    guest.put(Gva(LIST), &words(&[link, link]), DATA);
+    guest.put(Gva(link), &words(&[LIST, LIST]), DATA);
+    let policy = policy(&guest);
+    let memory: CallMemory<'_, TestMemory> = CallMemory {
+        private: guest.virt(),
+        before: MemoryBefore::new(guest.virt().memory),
+        stack: None,
+        per_cpu_base: PER_CPU,
+    };
+    let allocations = Allocations::new(&policy.memory, memory.private);
+    let object = allocations.allocation_at(Gva(OBJECT)).unwrap();
+    let mut budget = 3;
+    let mut is_listed = |heads: &[Gva], object: &Allocation| {
+        policy.reach(memory.private, &memory, |reach| {
+            reach.is_listed(heads, object, &mut budget)
+        })
+    };
+    assert!(is_listed(&[Gva(LIST)], &object));
+    let other = allocations.allocation_at(Gva(INODE)).unwrap();
+    assert!(!is_listed(&[Gva(LIST); 8], &other));
+    assert!(!is_listed(&[Gva(LIST)], &object), "it is used up");
+}
+
 /// `llc_sap_find`.
 #[test]
 fn objects_in_a_list_of_the_drivers_variables_are_its_own() {
@@ -176,6 +221,13 @@ fn what_no_structure_of_the_drivers_has_a_link_for_is_not_in_a_list_nor_is_one_t
             "{first:x} {last:x} {next:x} {previous:x}"
         );
     }
+    // Something else than the links before and behind leads to it.
+    let [a, b] = [INODE + 16, HEAD + 16];
+    guest.put(Gva(LIST), &words(&[a, b]), DATA);
+    guest.put(Gva(a), &words(&[link, LIST]), DATA);
+    guest.put(Gva(link), &words(&[b, b]), DATA);
+    guest.put(Gva(b), &words(&[LIST, a]), DATA);
+    assert!(!is_listed(&guest));
     // It goes round and round.
     let other = INODE + 16;
     guest.put(Gva(LIST), &words(&[other, other]), DATA);
@@ -215,4 +267,19 @@ fn objects_of_a_slab_cache_that_is_the_drivers_alone_are_its_own() {
     guest.put(Gva(CACHES[1] + 24), &words(&[1]), DATA);
     guest.put(Gva(cache), &words(&[0x10]), DATA);
     assert!(!may(&mut policy, &guest, OBJECT));
+    // In a free object is the list of those.
+    let list = VMEMMAP + ((OBJECTS - DIRECT) >> 12) * 64 + 32;
+    let mut free = guest.clone();
+    free.put(Gva(cache), &words(&[CACHES[1]]), DATA);
+    free.put(Gva(list), &words(&[OBJECT]), DATA);
+    assert!(!may(&mut policy, &free, OBJECT));
+    assert!(may(&mut policy, &free, INODE));
+    // The call has had it point there itself.
+    let before = guest.clone();
+    guest.put(Gva(cache), &words(&[CACHES[1]]), DATA);
+    policy.begin("my_irq", [0; 6]);
+    assert!(!ask(&mut policy, &guest, &before, OBJECT, 8));
+    assert!(!ask(&mut policy, &before, &guest, OBJECT, 8));
+    policy.end(true);
+    assert!(may(&mut policy, &guest, OBJECT));
 }
