@@ -316,6 +316,7 @@ fn what_cannot_go_on_is_refused_and_harms_nobody() {
     refused(&place, &from, "a VM named web is attached");
     drop(held);
     wait("web's end", || !host.context("web").connected);
+    host.await_turn(None);
     let held = Guest::boot(&place, "another", 1);
     refused(
         &place,
@@ -324,6 +325,7 @@ fn what_cannot_go_on_is_refused_and_harms_nobody() {
     );
     drop(held);
     wait("its end", || !host.context("another").connected);
+    host.await_turn(None);
     // One of the same model may have another name.
     let mut other = Other::start(&place, "other", "e1000");
     let vm = go_on(&place, &dir, "web", "--nic device=other");
