@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use devices::serial::SerialBackend;
 use vm_memory::{Bytes, GuestAddress};
+use vmm::layout::GENERATION_ID;
 use vmm::snapshot::{Chain, GoBackError};
 use vmm::{MarkError, Refused, RewindError, VmConfig, VmState};
 
@@ -13,12 +14,21 @@ use super::common::{Guest, MEMORY, Running, config};
 use super::counting::{PAGES_AT, code, count_on, guest, snapshot};
 use super::{LIMIT, counting};
 
-/// All of a guest's memory.
+/// Where the ID of this copy of the guest is, which is another one each time that it goes back.
+const ID: std::ops::Range<usize> = GENERATION_ID.0 as usize..GENERATION_ID.0 as usize + 16;
+
+/// All of a guest's memory but the ID.
 fn memory(guest: &Running) -> Vec<u8> {
     let mut bytes = vec![0; MEMORY as usize];
     let memory = guest.handle.ram().memory();
     memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+    bytes[ID].fill(0);
     bytes
+}
+
+fn generation(guest: &Running) -> [u8; 16] {
+    let memory = guest.handle.ram().memory();
+    memory.read_obj(GENERATION_ID).unwrap()
 }
 
 /// Takes a snapshot of the guest, which is paused at it; its memory then.
@@ -89,7 +99,10 @@ fn a_guest_that_runs_goes_back_to_each_snapshot_of_a_chain_byte_for_byte_and_cou
         let now = memory(&guest);
         let then = [&full, &diff][which];
         assert!(now == then[..], "round {round}: memory differs");
-        assert_eq!(back(&guest, &chains[which]).unwrap(), 0, "all is as it was");
+        let id = generation(&guest);
+        let put = back(&guest, &chains[which]).unwrap();
+        assert_eq!(put, 1, "all but the ID is as it was");
+        assert_ne!(generation(&guest), id, "two copies have the same ID");
         guest.drain();
         guest.handle.resume().unwrap();
         last = guest.report();
