@@ -1,7 +1,7 @@
 //! What the guest's kernel has of itself in its memory: its symbols, and the types in it.
 //!
 //! Asked for over the agent, the guest would have to print and pass on both, which are 8 MiB and
-//! take a thousand times as long as to read them. They are found from the end of the kernel's
+//! took half of all the time of isolating in a lab. They are found from the end of the kernel's
 //! read-only data on, so that little else of a guest's memory is looked at: one that goes on from
 //! a snapshot then has no more of it in memory than it needs.
 //!
