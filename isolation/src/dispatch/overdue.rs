@@ -1,7 +1,7 @@
-//! Timers whose calls take longer, isolated, than the time that they are armed for: when such a call
-//! ends it is due again, and the processor never gets to anything else (`__run_timers`, which goes
-//! on for as long as a timer has expired). Only calls that end well when they are first tried count: a
-//! faulty function must not get itself run by the guest by failing slowly.
+//! Timers whose calls take longer, isolated, than the time that they are armed for: when such a
+//! call ends it is due again, and the processor never gets to anything else (`__run_timers`, which
+//! goes on for as long as a timer has expired). Only calls that end well when they are first tried
+//! count: a faulty function must not get itself run by the guest by failing slowly.
 //!
 //! ```text
 //!   timer ─► call, isolated ─────────────► timer ─► call, isolated ────────────►   nothing in between: overdue
