@@ -316,7 +316,6 @@ fn symbols_are_where_an_image_has_what_they_name() {
             let mut named = symbols.iter().filter(|symbol| symbol.name == name);
             let found = named.next().unwrap();
             assert!(named.next().is_none(), "{name}");
-            assert_eq!(symbols.addresses([name]), [Some(found.address)]);
             found.address
         };
         let elf = object::File::parse(image.as_slice()).unwrap();

@@ -6,18 +6,23 @@ use agent_protocol::Client;
 use agent_protocol::message::{Module, SymbolFilter};
 use anyhow::Context;
 use isolation::attach::Isolator;
+use isolation::attach::kernel_image::KernelIdentity;
 use isolation::guest::btf::Btf;
-use isolation::guest::symbols::image::TableSymbols;
 use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
 
-/// Types of the guest's kernel.
-struct KernelTypes {
+/// What is known of the guest's kernel.
+#[derive(Clone)]
+struct Kernel {
     /// Resets of the machine by then.
     resets: u64,
-    /// How many bytes of types were found in its memory.
-    found: Option<usize>,
-    types: Arc<Btf>,
+    /// Which one it is, and its symbols, if they were found in its memory.
+    found: Option<(KernelIdentity, Arc<SymbolTable>)>,
+    /// Otherwise why they are not known.
+    types: Result<Arc<Btf>, String>,
 }
+
+/// What the kernel itself is called among those that have types.
+const KERNEL: &str = "vmlinux";
 
 /// What is known of a guest and one of its modules, for as long as the same modules are loaded at
 /// the same places.
@@ -47,8 +52,8 @@ impl Known {
 pub struct Knowledge {
     /// What is known of the module that was asked about last.
     known: Mutex<Option<Arc<Known>>>,
-    /// Types of the guest's kernel.
-    kernel_types: Mutex<Option<KernelTypes>>,
+    /// What is known of the guest's kernel.
+    kernel: Mutex<Option<Kernel>>,
 }
 
 impl Knowledge {
@@ -90,17 +95,15 @@ impl Knowledge {
         // Nothing is locked meanwhile: who has the machine at rest asks what is known.
         let own = loaded.iter().find(|loaded| loaded.name == module);
         let own = own.with_context(|| format!("the guest has no module {module} loaded"))?;
-        let image = isolator.kernel_image(module, &own.sections);
-        let image = image.inspect_err(|error| {
-            tracing::info!(%error, "symbols and types are asked of the guest's agent");
-        });
-        let image = image.ok();
-        let types = image.as_ref().and_then(|image| image.types.as_deref());
-        let types = self
-            .kernel_types(agent, resets, types)
-            .and_then(|kernel| module_types(agent, module, kernel))
-            .map_err(|error| format!("the types of its kernel and of {module} (BTF): {error:#}"));
-        let symbols = guest_symbols(agent, image.as_ref().map(|image| &image.symbols))?;
+        let kernel = self.kernel(isolator, resets, agent, own);
+        let types = kernel
+            .types
+            .clone()
+            .and_then(|kernel| {
+                told_types(agent, module, Some(kernel)).map_err(|error| format!("{error:#}"))
+            })
+            .map_err(|error| format!("the types of its kernel and of {module} (BTF): {error}"));
+        let symbols = symbols(isolator, agent, own, &kernel, types.as_deref().ok())?;
         let new = Arc::new(Known {
             module: module.to_owned(),
             symbols: Arc::new(symbols),
@@ -112,48 +115,81 @@ impl Knowledge {
         Ok(new)
     }
 
-    /// Types of the guest's kernel: those that are known since it was booted, what was found in its
-    /// memory, or what its agent reads.
-    fn kernel_types(
+    /// What is known of the guest's kernel since it was booted, otherwise what is found in its memory
+    /// or what its agent reads. `module` is loaded.
+    fn kernel(
         &self,
-        agent: &mut Client,
+        isolator: &Isolator,
         resets: u64,
-        found: Option<&[u8]>,
-    ) -> anyhow::Result<Arc<Btf>> {
-        let mut kept = lock(&self.kernel_types);
-        let len = found.map(<[u8]>::len);
-        let same = |kept: &&KernelTypes| (kept.resets, kept.found) == (resets, len);
-        if let Some(kept) = kept.as_ref().filter(same) {
-            return Ok(kept.types.clone());
-        }
-        *kept = None;
-        let types = match found.map(|bytes| Btf::parse(bytes, None)) {
-            Some(Ok(types)) => types,
-            _ => Btf::parse(&agent.read_file("/sys/kernel/btf/vmlinux")?, None)?,
+        agent: &mut Client,
+        module: &Module,
+    ) -> Kernel {
+        let (name, sections) = (module.name.as_str(), module.sections.as_slice());
+        // A kernel can start another one without a reset (kexec).
+        let is_the_same = |kept: &Kernel| match &kept.found {
+            Some((identity, _)) => isolator.runs_kernel(identity, name, sections).unwrap_or(false),
+            None => true,
         };
-        let types = Arc::new(types);
-        *kept = Some(KernelTypes {
-            resets,
-            found: len,
-            types: types.clone(),
+        let kept = lock(&self.kernel).clone();
+        let kept = kept.filter(|kept| kept.resets == resets);
+        if let Some(kept) = kept.filter(is_the_same) {
+            return kept;
+        }
+        *lock(&self.kernel) = None;
+        let image = isolator.kernel_image(name, sections);
+        let image = image.inspect_err(|error| {
+            tracing::info!(%error, "symbols and types are asked of the guest's agent");
         });
-        Ok(types)
+        let image = image.ok();
+        let found = image.as_ref().and_then(|image| image.types.as_deref());
+        let types = match found.map(|bytes| Btf::parse(bytes, None)) {
+            Some(Ok(types)) => Ok(Arc::new(types)),
+            _ => told_types(agent, KERNEL, None).map_err(|error| format!("{error:#}")),
+        };
+        let kernel = Kernel {
+            resets,
+            found: image.map(|image| (image.identity, image.symbols)),
+            types,
+        };
+        if kernel.types.is_ok() {
+            *lock(&self.kernel) = Some(kernel.clone());
+        }
+        kernel
     }
 }
 
-/// All symbols of the guest.
-fn guest_symbols(agent: &mut Client, kernel: Option<&TableSymbols>) -> anyhow::Result<SymbolTable> {
-    let mut table = SymbolTableBuilder::default();
-    let is_known = kernel.is_some();
-    for symbol in kernel.into_iter().flat_map(TableSymbols::iter) {
-        table.add(&symbol)?;
+/// All symbols of the guest, in which `module` is loaded.
+fn symbols(
+    isolator: &Isolator,
+    agent: &mut Client,
+    module: &Module,
+    kernel: &Kernel,
+    types: Option<&Btf>,
+) -> anyhow::Result<SymbolTable> {
+    let base = kernel.found.as_ref().map(|(_, symbols)| symbols);
+    if let Some((base, types)) = base.zip(types) {
+        match isolator.symbols_of_modules(&module.name, &module.sections, base, types) {
+            Ok(symbols) => return Ok(symbols),
+            Err(error) => tracing::info!(%error, "symbols of modules are asked of the agent"),
+        }
     }
+    told_symbols(agent, base)
+}
+
+/// All symbols of the guest as its agent tells them, but for those of the kernel where these are
+/// known.
+fn told_symbols(
+    agent: &mut Client,
+    kernel: Option<&Arc<SymbolTable>>,
+) -> anyhow::Result<SymbolTable> {
+    let above = kernel.cloned().map(SymbolTableBuilder::above);
+    let mut table = above.unwrap_or_default();
     let filter = SymbolFilter {
-        of_modules: is_known,
+        of_modules: kernel.is_some(),
         ..SymbolFilter::default()
     };
     for symbol in agent.symbols(filter)? {
-        if is_known && symbol.module.is_none() {
+        if kernel.is_some() && symbol.module.is_none() {
             continue;
         }
         table.add(&Line {
@@ -166,10 +202,14 @@ fn guest_symbols(agent: &mut Client, kernel: Option<&TableSymbols>) -> anyhow::R
     Ok(table.finish())
 }
 
-/// Types of `module`, with those of the kernel.
-fn module_types(agent: &mut Client, module: &str, kernel: Arc<Btf>) -> anyhow::Result<Arc<Btf>> {
-    let own = agent.read_file(&format!("/sys/kernel/btf/{module}"))?;
-    Ok(Arc::new(Btf::parse(&own, Some(kernel))?))
+/// Types of `part`, which is the kernel or a module of it, as its agent reads them.
+fn told_types(
+    agent: &mut Client,
+    part: &str,
+    kernel: Option<Arc<Btf>>,
+) -> anyhow::Result<Arc<Btf>> {
+    let own = agent.read_file(&format!("/sys/kernel/btf/{part}"))?;
+    Ok(Arc::new(Btf::parse(&own, kernel)?))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

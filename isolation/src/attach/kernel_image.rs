@@ -8,6 +8,8 @@
 //! What is found is believed as far as the guest's own word would be: symbols are hints about
 //! names, and addresses and bytes are checked before anything is changed.
 
+use std::sync::Arc;
+
 use devices::dma::GuestMemory;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use vm_memory::{Address, GuestAddress};
@@ -15,11 +17,13 @@ use vm_memory::{Address, GuestAddress};
 use super::arm::text_of;
 use super::{AttachError, Isolator, live, physical_bits};
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::paging::AddressSpace;
+use crate::guest::btf::Btf;
+use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::image::{
     DIGITS_BYTES, MOST_TRIED, TableSymbols, find_digits, symbols_in_image,
 };
+use crate::guest::symbols::{SymbolTable, symbols_of_modules};
 
 /// Where a kernel can be: from `__START_KERNEL_map` on, `KERNEL_IMAGE_SIZE` bytes
 /// (arch/x86/include/asm/page_64_types.h).
@@ -43,14 +47,26 @@ const MAX_PLACES: usize = 16;
 
 /// What `linux_banner` begins with (init/version-timestamp.c).
 const BANNER: &[u8] = b"Linux version ";
+/// How much of it is kept: more than a version and the time at which it was built, in bytes.
+const BANNER_BYTES: usize = 256;
 
 /// A kernel's account of itself.
 #[derive(Debug)]
 pub struct KernelImage {
-    /// Its symbols, none of a module, in its own order.
-    pub symbols: TableSymbols,
+    /// Which kernel it is.
+    pub identity: KernelIdentity,
+    /// Its symbols, none of a module.
+    pub symbols: Arc<SymbolTable>,
     /// BTF of the kernel, if it has any.
     pub types: Option<Vec<u8>>,
+}
+
+/// Which kernel it is and where: its banner, which has its version and the time at which it was
+/// built, and what follows that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelIdentity {
+    at: Gva,
+    banner: Vec<u8>,
 }
 
 impl Isolator {
@@ -64,22 +80,76 @@ impl Isolator {
         module: &str,
         sections: &[(String, u64)],
     ) -> Result<KernelImage, AttachError> {
-        let memory = self.vm.ram().memory().clone();
+        let parts = self.with_kernel_tables(module, sections, |space, _, memory| {
+            read_only_data(&space, memory).map_err(AttachError::NoKernelImage)
+        })?;
+        let kernel = Kernel {
+            memory: self.vm.ram().memory(),
+            parts,
+        };
+        kernel.image().map_err(AttachError::NoKernelImage)
+    }
+
+    /// Whether the guest runs the kernel that it ran when this was read. `module` is loaded, with
+    /// these sections.
+    ///
+    /// # Errors
+    /// The guest's tables are not found.
+    pub fn runs_kernel(
+        &self,
+        identity: &KernelIdentity,
+        module: &str,
+        sections: &[(String, u64)],
+    ) -> Result<bool, AttachError> {
+        self.with_kernel_tables(module, sections, |space, _, memory| {
+            let virt = VirtMemory { memory, space };
+            let banner = virt.read_vec(identity.at, identity.banner.len());
+            Ok(banner.is_ok_and(|banner| banner == identity.banner))
+        })
+    }
+
+    /// The symbols of all modules that are loaded, read in the guest's memory while the guest runs,
+    /// above the `kernel`'s. `module` is one of them, with these sections; `types` are the kernel's
+    /// or the module's.
+    ///
+    /// # Errors
+    /// The guest's tables or its modules are not found, or are not what they should be.
+    pub fn symbols_of_modules(
+        &self,
+        module: &str,
+        sections: &[(String, u64)],
+        kernel: &Arc<SymbolTable>,
+        types: &Btf,
+    ) -> Result<SymbolTable, AttachError> {
+        let boot_tables = live::boot_tables_at(kernel).ok_or(AttachError::NoKernelTables)?;
+        // What maps modules stays in the kernel's own tables, whatever process ends meanwhile.
+        let space = self.with_kernel_tables(module, sections, |space, text, memory| {
+            let own = live::boot_tables(boot_tables, space, text, memory);
+            own.ok_or(AttachError::NoKernelTables)
+        })?;
+        let memory: &GuestMemory = self.vm.ram().memory();
+        let virt = VirtMemory { memory, space };
+        symbols_of_modules(&virt, types, kernel).map_err(AttachError::NoKernelImage)
+    }
+
+    /// Stops the guest and looks at a process's page tables that map the text of `module`, which is
+    /// given with them. The process may go as soon as the guest runs again.
+    fn with_kernel_tables<R>(
+        &self,
+        module: &str,
+        sections: &[(String, u64)],
+        look: impl FnOnce(AddressSpace, Gva, &GuestMemory) -> Result<R, AttachError>,
+    ) -> Result<R, AttachError> {
+        let memory = self.vm.ram().memory();
         let text = text_of(module, sections)?;
-        // The tables are a process's, which may go: all of them is looked at while it cannot.
-        let parts = self.vm.with_paused(|vcpus| {
+        self.vm.with_paused(|vcpus| {
             let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
             let cpuid = vcpu
                 .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
                 .map_err(|error| AttachError::Kvm("KVM_GET_CPUID2", error))?;
-            let (_, space) = live::kernel_tables(vcpus, physical_bits(&cpuid), text, &memory)?;
-            read_only_data(&space, &memory).map_err(AttachError::NoKernelImage)
-        })??;
-        let kernel = Kernel {
-            memory: &memory,
-            parts,
-        };
-        kernel.image().map_err(AttachError::NoKernelImage)
+            let (_, space) = live::kernel_tables(vcpus, physical_bits(&cpuid), text, memory)?;
+            look(space, text, memory)
+        })?
     }
 }
 
@@ -143,19 +213,22 @@ impl Kernel<'_> {
             .rev()
             .find_map(|part| self.symbols_in(*part, &mut left))
             .ok_or("its symbols are not found in its memory")?;
-        let names = ["linux_banner", "__start_BTF", "__stop_BTF"];
-        let [banner, first_type, last_type] = symbols.addresses(names);
+        let symbols = SymbolTable::from(symbols);
+        let address = |name| Some(symbols.named(name).next()?.at);
         // The addresses are those of the kernel as it runs if what is there is what should be.
-        let banner = banner.ok_or("it has no banner")?;
-        let words = banner.checked_add(BANNER.len() as u64);
-        let words = words.and_then(|end| self.bytes(banner, end));
-        if words.as_deref() != Some(BANNER) {
-            return Err("its symbols are not where its tables say");
-        }
-        let types = first_type.zip(last_type);
-        let types = types.filter(|(first, end)| end.saturating_sub(*first) <= MAX_TYPES);
-        let types = types.and_then(|(first, end)| self.bytes(first, end));
-        Ok(KernelImage { symbols, types })
+        let at = address("linux_banner").ok_or("it has no banner")?;
+        let end = at.0.checked_add(BANNER_BYTES as u64);
+        let banner = end.and_then(|end| self.bytes(at.0, end));
+        let banner = banner.filter(|banner| banner.starts_with(BANNER));
+        let banner = banner.ok_or("its symbols are not where its tables say")?;
+        let types = address("__start_BTF").zip(address("__stop_BTF"));
+        let types = types.filter(|(first, end)| end.0.saturating_sub(first.0) <= MAX_TYPES);
+        let types = types.and_then(|(first, end)| self.bytes(first.0, end.0));
+        Ok(KernelImage {
+            identity: KernelIdentity { at, banner },
+            symbols: Arc::new(symbols),
+            types,
+        })
     }
 
     /// The symbols whose tables are in `part`, looked for from its end on, at no more than so many

@@ -95,8 +95,8 @@ pub struct ColdRows<const N: usize>(ColdBytes);
 
 impl<const N: usize> ColdRows<N> {
     /// Puts `rows` away.
-    pub fn new(rows: impl Iterator<Item = [u8; N]>) -> Self {
-        Self(ColdBytes::new(rows.flatten().collect()))
+    pub fn new(rows: Vec<[u8; N]>) -> Self {
+        Self(ColdBytes::new(rows.into_flattened()))
     }
 
     /// Row `index`.
@@ -158,7 +158,7 @@ mod tests {
     #[test]
     fn rows_are_found_by_their_number() {
         let count = LEAST_BYTES;
-        let cold = ColdRows::new((0..count as u32).map(u32::to_le_bytes));
+        let cold = ColdRows::new((0..count as u32).map(u32::to_le_bytes).collect());
         assert_eq!(cold.rows().len(), count);
         assert_eq!(cold.get(777), Some(&777u32.to_le_bytes()));
         assert_eq!(cold.get(count), None);

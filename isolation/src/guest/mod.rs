@@ -14,6 +14,7 @@ pub mod gate;
 pub mod memory_model;
 pub mod module_text;
 pub mod modules;
+pub mod names;
 pub mod paging;
 mod per_cpu;
 pub mod phys;

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use agent_protocol::Client;
-use agent_protocol::message::{Exec, SymbolFilter};
+use agent_protocol::message::Exec;
 use devices::dma::GuestMemory;
 use devices::e1000::HoldableE1000;
 use devices::e1000::{E1000, E1000Config};
@@ -30,7 +30,7 @@ use isolation::guest::btf::Btf;
 use isolation::guest::module_text::{Site, SiteKind};
 use isolation::guest::modules::{ModuleLayout, ModuleText};
 use isolation::guest::paging::{AddressSpace, VirtMemory};
-use isolation::guest::symbols::{Line, SymbolTable, SymbolTableBuilder};
+use isolation::guest::symbols::SymbolTable;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::model::Model;
 
@@ -102,7 +102,8 @@ pub struct Machine {
     link_losses: Arc<AtomicU64>,
     symbols: Arc<SymbolTable>,
     /// Read with the first module.
-    kernel_types: Option<Arc<Btf>>,
+    /// Symbols and types of the guest's kernel.
+    kernel: Option<(Arc<SymbolTable>, Arc<Btf>)>,
     images: PathBuf,
     /// First kernel message after the boot.
     boot_end: u64,
@@ -187,7 +188,7 @@ impl Machine {
             nic,
             nic_slot: slot.number(),
             symbols: Arc::new(SymbolTable::default()),
-            kernel_types: None,
+            kernel: None,
             images,
             thread: Some(thread),
             _directory: directory,
@@ -258,29 +259,19 @@ impl Machine {
     }
 
     fn read_symbols(&mut self, module: &str) {
-        let image = self.kernel_image(module);
-        let mut table = SymbolTableBuilder::default();
-        for symbol in image.symbols.iter() {
-            table.add(&symbol).unwrap();
-        }
-        let of_modules = SymbolFilter {
-            of_modules: true,
-            ..SymbolFilter::default()
+        let kernel = match self.kernel.take() {
+            Some(kernel) => kernel,
+            None => {
+                let image = self.kernel_image(module);
+                let types = Btf::parse(&image.types.unwrap(), None).unwrap();
+                (image.symbols, Arc::new(types))
+            }
         };
-        for symbol in self.agent.symbols(of_modules).unwrap() {
-            let line = Line {
-                address: symbol.address,
-                kind: symbol.kind,
-                name: &symbol.name,
-                module: Some(symbol.module.as_deref().unwrap()),
-            };
-            table.add(&line).unwrap();
-        }
-        self.symbols = Arc::new(table.finish());
-        if self.kernel_types.is_none() {
-            let types = Btf::parse(&image.types.unwrap(), None).unwrap();
-            self.kernel_types = Some(Arc::new(types));
-        }
+        let (base, types) = self.kernel.insert(kernel);
+        let loaded = self.agent.modules(Some(module)).unwrap();
+        let sections = &loaded[0].sections;
+        let symbols = self.isolator.symbols_of_modules(module, sections, base, types);
+        self.symbols = Arc::new(symbols.unwrap());
     }
 
     /// What the kernel has of itself in memory; `module` is loaded.
@@ -288,6 +279,11 @@ impl Machine {
         let loaded = self.agent.modules(Some(module)).unwrap();
         let image = self.isolator.kernel_image(module, &loaded[0].sections);
         image.unwrap()
+    }
+
+    /// All symbols of the guest.
+    pub fn symbols(&self) -> &SymbolTable {
+        &self.symbols
     }
 
     /// Whether the kernel has a symbol of this name.
@@ -306,7 +302,8 @@ impl Machine {
             .then(|| HoldableE1000::new(self.nic.clone(), CheckpointBy::Exact).unwrap());
         let file = self.images.join(format!("modules/{module}.ko"));
         let file = std::fs::read(file).unwrap();
-        let types = Btf::from_elf(&file, self.kernel_types.clone()).unwrap();
+        let of_kernel = self.kernel.as_ref().map(|(_, types)| types.clone());
+        let types = Btf::from_elf(&file, of_kernel).unwrap();
         self.isolator.isolate(IsolateRequest {
             module: module.to_owned(),
             types: Some(Arc::new(types)),

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use object::{Object, ObjectSection};
 
 use super::cold::{ColdBytes, ColdRows};
+use super::names::{NameIndex, NameIndexBuilder};
 pub use kinds::{EnumValues, Kind, Member, Members, Param, Params, TypeId};
 pub use query::{Function, MAX_HOPS};
 
@@ -28,9 +29,6 @@ const HEADER_BYTES: usize = 24;
 
 /// Longest string that is a name, in bytes (`KSYM_NAME_LEN`).
 const MAX_STRING: usize = 512;
-
-/// Bytes of a hash and the number of a type.
-const NAME_BYTES: usize = 12;
 
 /// Largest BTF that is read, in bytes. Debian's kernel has 4.3 million.
 const MAX_BYTES: usize = 64 << 20;
@@ -78,8 +76,8 @@ pub struct Btf {
     strings: ColdBytes,
     /// Where the record of type `first_id + i` begins.
     offsets: ColdRows<4>,
-    /// Hashes of this part's names, sorted, with the type of each: calls ask by name.
-    by_name: ColdRows<NAME_BYTES>,
+    /// This part's types by their names: calls ask by name.
+    by_name: NameIndex,
     /// First type number of this part: 1, or what follows the base's last.
     first_id: u32,
     /// Offset of this part's first string: 0, or the length of the base's strings.
@@ -112,15 +110,21 @@ impl Btf {
             base,
             types: ColdBytes::new(types.to_vec()),
             strings: ColdBytes::new(strings.to_vec()),
-            offsets: ColdRows::new(offsets.into_iter().map(u32::to_le_bytes)),
-            by_name: ColdRows::default(),
+            offsets: ColdRows::new(offsets),
+            by_name: NameIndex::default(),
             first_id,
             first_string,
         };
-        let named = btf.own_ids().filter(|id| !btf.name(*id).is_empty());
-        let mut by_name: Vec<_> = named.map(|id| (hash_of(btf.name(id)), id.0)).collect();
-        by_name.sort_unstable();
-        btf.by_name = ColdRows::new(by_name.into_iter().map(name_row));
+        let mut by_name = NameIndexBuilder::default();
+        for id in btf.own_ids() {
+            let record = btf.record(id);
+            let name_at = record.and_then(|record| u32_at(record, 0));
+            let name = name_at.map_or(&[][..], |at| btf.string_bytes(at));
+            if !name.is_empty() {
+                by_name.add(name, id.0);
+            }
+        }
+        btf.by_name = by_name.finish();
         Ok(btf)
     }
 
@@ -189,16 +193,20 @@ impl Btf {
 
     /// The string at `offset`; empty if there is none, or it is no text, or absurdly long.
     pub fn string(&self, offset: u32) -> &str {
+        std::str::from_utf8(self.string_bytes(offset)).unwrap_or_default()
+    }
+
+    /// The same, text or not.
+    fn string_bytes(&self, offset: u32) -> &[u8] {
         if offset < self.first_string {
-            return self.base.as_ref().map_or("", |base| base.string(offset));
+            let base = self.base.as_ref();
+            return base.map_or(&[], |base| base.string_bytes(offset));
         }
-        let rest = self
-            .strings
-            .get((offset - self.first_string) as usize..)
-            .unwrap_or_default();
+        let rest = self.strings.get((offset - self.first_string) as usize..);
+        let rest = rest.unwrap_or_default();
         let longest = rest.get(..MAX_STRING).unwrap_or(rest);
         let len = memchr::memchr(0, longest);
-        std::str::from_utf8(&rest[..len.unwrap_or(0)]).unwrap_or_default()
+        &rest[..len.unwrap_or(0)]
     }
 
     /// Whether the string at `offset` is `name`, which is quicker to say than what it is.
@@ -224,17 +232,8 @@ impl Btf {
 
     /// This part's types of this name, in order.
     pub fn own_named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = TypeId> + 'a {
-        let hash = hash_of(name);
-        let rows = self.by_name.rows();
-        let first = rows.partition_point(|row| hash_and_id(row).0 < hash);
-        let behind = rows
-            .get(first..)
-            .unwrap_or_default()
-            .iter()
-            .map(hash_and_id);
-        let same = behind.take_while(move |(other, _)| *other == hash);
-        same.map(|(_, id)| TypeId(id))
-            .filter(move |id| self.name(*id) == name)
+        let like = self.by_name.like(name.as_bytes()).map(TypeId);
+        like.filter(move |id| self.name(*id) == name)
     }
 
     fn end_id(&self) -> u32 {
@@ -258,7 +257,7 @@ impl Btf {
 }
 
 /// Where each record of `types` begins, the first of which has this number.
-fn record_offsets(types: &[u8], first_id: u32) -> Result<Vec<u32>, BtfError> {
+fn record_offsets(types: &[u8], first_id: u32) -> Result<Vec<[u8; 4]>, BtfError> {
     let mut offsets = Vec::new();
     let mut at = 0;
     while at < types.len() {
@@ -273,31 +272,10 @@ fn record_offsets(types: &[u8], first_id: u32) -> Result<Vec<u32>, BtfError> {
         if rest.len() < len {
             return Err(cut_short);
         }
-        offsets.push(at as u32);
+        offsets.push((at as u32).to_le_bytes());
         at += len;
     }
     Ok(offsets)
-}
-
-/// A hash and the number of a type as a row.
-fn name_row((hash, id): (u64, u32)) -> [u8; NAME_BYTES] {
-    let mut row = [0; NAME_BYTES];
-    row[..8].copy_from_slice(&hash.to_le_bytes());
-    row[8..].copy_from_slice(&id.to_le_bytes());
-    row
-}
-
-fn hash_and_id(row: &[u8; NAME_BYTES]) -> (u64, u32) {
-    let [h0, h1, h2, h3, h4, h5, h6, h7, i0, i1, i2, i3] = *row;
-    let hash = u64::from_le_bytes([h0, h1, h2, h3, h4, h5, h6, h7]);
-    (hash, u32::from_le_bytes([i0, i1, i2, i3]))
-}
-
-fn hash_of(name: &str) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    name.hash(&mut hasher);
-    hasher.finish()
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {

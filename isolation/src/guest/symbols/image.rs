@@ -30,6 +30,8 @@ const COUNTS: std::ops::RangeInclusive<usize> = 256..=1 << 21;
 const MOST_BYTES: usize = 16 << 20;
 /// Most bytes of all kinds and names together.
 const MOST_TEXT: usize = 16 << 20;
+/// Most bytes of a kind and a name (`KSYM_NAME_LEN` is 512).
+const LONGEST_NAME: usize = 1024;
 /// How many names may be gone over in all while the number of names is looked for.
 pub const MOST_TRIED: usize = 64 << 20;
 /// Longest text of a token.
@@ -40,39 +42,37 @@ const LONGEST_TOKEN: usize = 512;
 pub struct TableSymbols {
     /// Kinds and names, one behind the other.
     text: String,
-    /// Where in the text each ends, and its address.
-    rows: Vec<(usize, u64)>,
+    rows: Vec<Row>,
+}
+
+/// A symbol of [`TableSymbols`].
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Row {
+    pub(super) address: u64,
+    /// Where its name begins in the text of all, and how long it is, in bytes.
+    pub(super) name_at: u32,
+    pub(super) name_len: u16,
+    pub(super) kind: char,
 }
 
 impl TableSymbols {
     /// All of them in the tables' order. Addresses are as linked, where the kernel has not been
     /// moved yet.
     pub fn iter(&self) -> impl Iterator<Item = Line<'_>> {
-        let mut begin = 0;
-        self.rows.iter().filter_map(move |&(end, address)| {
-            let text = self.text.get(begin..end)?;
-            begin = end;
-            let mut letters = text.chars();
+        self.rows.iter().filter_map(|row| {
+            let name = row.name_at as usize..row.name_at as usize + usize::from(row.name_len);
             Some(Line {
-                address,
-                kind: letters.next()?,
-                name: letters.as_str(),
+                address: row.address,
+                kind: row.kind,
+                name: self.text.get(name)?,
                 module: None,
             })
         })
     }
 
-    /// For each of these names the address of the first symbol that has it.
-    pub fn addresses<const N: usize>(&self, names: [&str; N]) -> [Option<u64>; N] {
-        let mut found = [None; N];
-        for symbol in self.iter() {
-            for (name, address) in names.iter().zip(&mut found) {
-                if address.is_none() && symbol.name == *name {
-                    *address = Some(symbol.address);
-                }
-            }
-        }
-        found
+    /// The text of all names, and the symbols.
+    pub(super) fn into_parts(self) -> (String, Vec<Row>) {
+        (self.text, self.rows)
     }
 }
 
@@ -316,29 +316,38 @@ impl<'a> Names<'a> {
 
     /// Kinds and names, with these addresses.
     fn read(&self, tokens: &Tokens<'_>, addresses: Vec<u64>) -> Option<TableSymbols> {
-        let mut text = Vec::new();
+        let mut text = Vec::with_capacity(MOST_TEXT.min(32 * self.count));
         let mut rows = Vec::with_capacity(self.count);
         let mut at = 0;
         for address in addresses {
             let (packed, next) = self.next(at)?;
+            let begin = text.len();
             for token in packed {
                 text.extend_from_slice(tokens.texts.get(usize::from(*token))?);
-                if text.len() > MOST_TEXT {
+                if text.len() - begin > LONGEST_NAME || text.len() > MOST_TEXT {
                     return None;
                 }
             }
-            rows.push((text.len(), address));
+            let kind = char::from(*text.get(begin)?);
+            rows.push(Row {
+                address,
+                name_at: begin as u32 + 1,
+                name_len: (text.len() - begin) as u16 - 1,
+                kind,
+            });
             at = next;
         }
+        // So that a name is text wherever it begins.
+        let text = text.is_ascii().then_some(text)?;
         let text = String::from_utf8(text).ok()?;
-        let ends_between_letters = rows.iter().all(|(end, _)| text.is_char_boundary(*end));
-        ends_between_letters.then_some(TableSymbols { text, rows })
+        Some(TableSymbols { text, rows })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::symbols::SymbolTable;
 
     /// An image with these names, one of whose tokens is longer than a letter.
     fn image(names: &[&str]) -> Vec<u8> {
@@ -421,7 +430,9 @@ mod tests {
                 assert!(symbols.iter().zip(&names).all(|(symbol, name)| {
                     (symbol.kind, symbol.name, symbol.module) == ('T', *name, None)
                 }));
-                let some = symbols.addresses(["f600", "f601", "f1"]);
+                let table = SymbolTable::from(symbols);
+                let some = ["f600", "f601", "f1"].map(|name| table.kernel_symbol(name));
+                let some = some.map(|symbol| symbol.map(|symbol| symbol.at.0));
                 assert_eq!(some, [Some(base + 9600), None, Some(base + 16)]);
             }
         }
@@ -436,13 +447,16 @@ mod tests {
 
     #[test]
     fn names_are_found_and_unpacked() {
-        let long = "l".repeat(300);
+        let long = "l".repeat(LONGEST_NAME - 1);
         let many: Vec<String> = (0..1000)
             .map(|number| format!("kmalloc_{number}"))
             .collect();
         let mut names: Vec<&str> = many.iter().map(String::as_str).collect();
         names.insert(700, &long);
         assert_eq!(names_in_image(&image(&names)).unwrap(), names);
+        let absurd = "l".repeat(LONGEST_NAME);
+        names[700] = &absurd;
+        assert_eq!(names_in_image(&image(&names)), Err(DAMAGED));
     }
 
     #[test]

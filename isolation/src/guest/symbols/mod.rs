@@ -1,10 +1,12 @@
-//! Names of the guest's code and data, from its `/proc/kallsyms`.
+//! Names of the guest's code and data, from its `/proc/kallsyms` or from the tables in its memory
+//! that this is made of.
 //!
 //! The list comes from the guest: a line may be absurd, an address may be a lie. What is found
 //! here is a hint about names; before anything is patched, `modules` and `gate` check addresses and
 //! bytes against the guest's memory.
 
 pub mod image;
+mod of_modules;
 mod table;
 
 #[cfg(test)]
@@ -12,6 +14,7 @@ mod tests;
 
 use std::io::{self, BufRead, Read};
 
+pub use of_modules::symbols_of_modules;
 pub use table::{Symbol, SymbolTable, SymbolTableBuilder, TooManySymbols};
 
 /// Longest line of `/proc/kallsyms` that is looked at, in bytes (`KSYM_NAME_LEN` is 512).

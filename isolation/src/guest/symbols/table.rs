@@ -1,11 +1,13 @@
 //! Symbols by address and by name.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, Write};
+use std::sync::Arc;
 
 use super::Line;
+use super::image::TableSymbols;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::cold::{ColdBytes, ColdRows};
+use crate::guest::names::{NameIndex, NameIndexBuilder};
 
 /// Most symbols a table holds; a Debian kernel with all its modules has about 300,000.
 const MAX_SYMBOLS: usize = 4 << 20;
@@ -89,20 +91,31 @@ impl std::fmt::Display for Symbol<'_> {
 /// Collects symbols for a table.
 #[derive(Debug, Default)]
 pub struct SymbolTableBuilder {
+    base: Option<Arc<SymbolTable>>,
     records: Vec<Record>,
     names: String,
     modules: Vec<String>,
 }
 
 impl SymbolTableBuilder {
+    /// Collects symbols that come to those of `base`: what modules have, beside the kernel's.
+    pub fn above(base: Arc<SymbolTable>) -> Self {
+        Self {
+            base: Some(base),
+            ..Self::default()
+        }
+    }
+
     /// Takes one symbol.
     pub fn add(&mut self, line: &Line<'_>) -> Result<(), TooManySymbols> {
         let Self {
+            base,
             records,
             names,
             modules,
         } = self;
-        if records.len() >= MAX_SYMBOLS || names.len() + line.name.len() > MAX_NAME_BYTES {
+        let below = base.as_ref().map_or(0, |base| base.len());
+        if below + records.len() >= MAX_SYMBOLS || names.len() + line.name.len() > MAX_NAME_BYTES {
             return Err(TooManySymbols);
         }
         let module = match line.module {
@@ -132,37 +145,65 @@ impl SymbolTableBuilder {
     /// Sorts what was collected.
     pub fn finish(self) -> SymbolTable {
         let Self {
+            base,
             mut records,
             names,
             modules,
         } = self;
         // Stable: of symbols with one address the guest's first one names it.
         records.sort_by_key(|record| record.address);
-        let name_of = |index: u32| {
-            let record = &records[index as usize];
+        let names = names.into_bytes();
+        let mut by_name = NameIndexBuilder::default();
+        let mut rows = Vec::with_capacity(records.len());
+        for record in records {
             let from = record.name_at as usize;
-            &names[from..from + usize::from(record.name_len)]
-        };
-        let indices = 0..records.len() as u32;
-        let mut by_name: Vec<_> = indices.map(|i| (hash_of(name_of(i)), i)).collect();
-        by_name.sort_unstable();
-        let by_name = by_name.into_iter().map(|(_, index)| index);
+            let name = &names[from..from + usize::from(record.name_len)];
+            by_name.add(name, rows.len() as u32);
+            rows.push(record.row());
+        }
         SymbolTable {
-            by_name: ColdRows::new(by_name.map(u32::to_le_bytes)),
-            records: ColdRows::new(records.into_iter().map(Record::row)),
-            names: ColdBytes::new(names.into_bytes()),
+            base,
+            by_name: by_name.finish(),
+            records: ColdRows::new(rows),
+            names: ColdBytes::new(names),
             modules,
         }
+    }
+}
+
+impl From<TableSymbols> for SymbolTable {
+    /// A kernel's symbols as its own tables have them.
+    fn from(symbols: TableSymbols) -> Self {
+        let (names, rows) = symbols.into_parts();
+        let mut records = Vec::with_capacity(rows.len());
+        // A plain loop over what is known to be there: builds for tests take a tenth of the time.
+        for row in rows {
+            records.push(Record {
+                address: row.address,
+                name_at: row.name_at,
+                name_len: row.name_len,
+                module: 0,
+                kind: row.kind,
+            });
+        }
+        let kernel = SymbolTableBuilder {
+            records,
+            names,
+            ..SymbolTableBuilder::default()
+        };
+        kernel.finish()
     }
 }
 
 /// The guest's symbols.
 #[derive(Debug, Default)]
 pub struct SymbolTable {
+    /// Those that were known before: the kernel's, where the others are of modules.
+    base: Option<Arc<SymbolTable>>,
     /// By address.
     records: ColdRows<RECORD_BYTES>,
-    /// Indices into `records`, by what their names hash to and then by address.
-    by_name: ColdRows<4>,
+    /// Indices into `records`, which are in the order of addresses.
+    by_name: NameIndex,
     names: ColdBytes,
     modules: Vec<String>,
 }
@@ -173,24 +214,29 @@ impl SymbolTable {
         self.records.cool();
         self.by_name.cool();
         self.names.cool();
+        if let Some(base) = &self.base {
+            base.cool();
+        }
     }
 
     /// How many symbols there are.
     pub fn len(&self) -> usize {
-        self.records.rows().len()
+        self.layers().map(|layer| layer.records.rows().len()).sum()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.records.rows().is_empty()
+        self.len() == 0
     }
 
-    /// All symbols, by address.
+    /// All symbols: first those of the base, and of these as of the others those with lower
+    /// addresses first.
     pub fn iter(&self) -> impl Iterator<Item = Symbol<'_>> {
-        self.records().map(|record| self.symbol(&record))
+        self.layers()
+            .flat_map(|layer| layer.records().map(move |record| layer.symbol(&record)))
     }
 
-    /// Writes all symbols, by address, as [`super::read_kallsyms`] reads them.
+    /// Writes all symbols, in that order, as [`super::read_kallsyms`] reads them.
     pub fn write(&self, into: &mut impl Write) -> io::Result<()> {
         for symbol in self.iter() {
             let Symbol {
@@ -213,35 +259,35 @@ impl SymbolTable {
     /// A symbol has no length: what lies behind the last symbol of a module counts as its. Where
     /// that matters use [`SymbolTable::extent`].
     pub fn lookup(&self, at: Gva) -> Option<(Symbol<'_>, u64)> {
-        let behind = self.first_where(|address| address > at.0);
-        let address = self.record(behind.checked_sub(1)?)?.address;
-        let first = self.first_where(|other| other >= address);
-        let record = self.record(first).filter(|record| record.address != 0)?;
-        Some((self.symbol(&record), at.0 - record.address))
+        let before = self.layers().filter_map(|layer| layer.own_before(at));
+        let nearest = before.reduce(|first, second| match second.at > first.at {
+            true => second,
+            false => first,
+        });
+        nearest.map(|symbol| (symbol, at.0 - symbol.at.0))
     }
 
     /// The symbols exactly at `at`, in the guest's order.
     pub fn at(&self, at: Gva) -> impl Iterator<Item = Symbol<'_>> {
-        let first = self.first_where(|address| address >= at.0);
-        let behind = self.first_where(|address| address > at.0);
-        let rows = self.records.rows().get(first..behind);
-        let rows = rows.unwrap_or_default().iter();
-        rows.map(|row| self.symbol(&Record::of(row)))
+        self.layers().flat_map(move |layer| {
+            let first = layer.first_where(|address| address >= at.0);
+            let behind = layer.first_where(|address| address > at.0);
+            let rows = layer.records.rows().get(first..behind);
+            let rows = rows.unwrap_or_default().iter();
+            rows.map(|row| layer.symbol(&Record::of(row)))
+        })
     }
 
     /// All symbols of this name: static functions of several files or modules may share one.
     pub fn named<'a>(&'a self, name: &str) -> impl Iterator<Item = Symbol<'a>> + use<'a> {
-        let name_of = |row: &[u8; 4]| self.name_of(u32::from_le_bytes(*row) as usize);
-        let rows = self.by_name.rows();
-        let hash = hash_of(name);
-        let first = rows.partition_point(|row| hash_of(name_of(row)) < hash);
-        let alike = rows.get(first..).unwrap_or_default().iter();
-        // Others may hash to the same.
-        let alike = alike.take_while(move |row| hash_of(name_of(row)) == hash);
         let name = name.to_owned();
-        alike.filter_map(move |row| {
-            let record = self.record(u32::from_le_bytes(*row) as usize)?;
-            Some(self.symbol(&record)).filter(|symbol| symbol.name == name)
+        self.layers().flat_map(move |layer| {
+            let name = name.clone();
+            let like = layer.by_name.like(name.as_bytes());
+            like.filter_map(move |index| {
+                let record = layer.record(index as usize)?;
+                Some(layer.symbol(&record)).filter(|symbol| symbol.name == name)
+            })
         })
     }
 
@@ -253,14 +299,16 @@ impl SymbolTable {
 
     /// All symbols of one module, by address.
     pub fn in_module<'a>(&'a self, module: &str) -> impl Iterator<Item = Symbol<'a>> + use<'a> {
-        let index = self
-            .modules
-            .iter()
-            .position(|known| known == module)
-            .map(|i| i as u16 + 1);
-        self.records()
-            .filter(move |record| Some(record.module) == index)
-            .map(|record| self.symbol(&record))
+        let name = module.to_owned();
+        self.layers().flat_map(move |layer| {
+            let index = layer.modules.iter().position(|known| *known == name);
+            // Where it has none, none is looked at.
+            index.into_iter().flat_map(move |index| {
+                let of_module = move |record: &Record| usize::from(record.module) == index + 1;
+                let records = layer.records().filter(of_module);
+                records.map(|record| layer.symbol(&record))
+            })
+        })
     }
 
     /// The bytes from `at` to the next symbol, but not past the end of `within` (the section).
@@ -269,12 +317,27 @@ impl SymbolTable {
         if !within.contains(at) {
             return None;
         }
-        let next = self.first_where(|address| address > at.0);
-        let last = match self.record(next) {
-            Some(record) => within.last().min(Gva(record.address - 1)),
-            None => within.last(),
+        let behind = |layer: &Self| {
+            let next = layer.first_where(|address| address > at.0);
+            layer.record(next).map(|record| Gva(record.address - 1))
         };
+        let last = self.layers().filter_map(behind).fold(within.last(), Gva::min);
         GvaRange::inclusive(at, last)
+    }
+
+    /// The symbol that `at` lies in or right behind, without those of the base.
+    fn own_before(&self, at: Gva) -> Option<Symbol<'_>> {
+        let behind = self.first_where(|address| address > at.0);
+        let address = self.record(behind.checked_sub(1)?)?.address;
+        let first = self.first_where(|other| other >= address);
+        let record = self.record(first).filter(|record| record.address != 0)?;
+        Some(self.symbol(&record))
+    }
+
+    /// The base and these.
+    fn layers(&self) -> impl Iterator<Item = &Self> {
+        // The base of a base is nobody's.
+        self.base.as_deref().into_iter().chain([self])
     }
 
     /// Index of the first record whose address fulfils `is_behind`, as all later ones do.
@@ -289,10 +352,6 @@ impl SymbolTable {
 
     fn records(&self) -> impl Iterator<Item = Record> {
         self.records.rows().iter().map(Record::of)
-    }
-
-    fn name_of(&self, index: usize) -> &str {
-        self.record(index).map_or("", |record| self.name(&record))
     }
 
     fn name(&self, record: &Record) -> &str {
@@ -315,8 +374,3 @@ impl SymbolTable {
     }
 }
 
-fn hash_of(name: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    name.hash(&mut hasher);
-    hasher.finish()
-}

@@ -58,7 +58,7 @@ fn symbols_and_types_in_the_kernels_memory_are_those_that_it_tells() {
     let found: Vec<_> = image
         .symbols
         .iter()
-        .map(|symbol| (symbol.address, symbol.kind, symbol.name))
+        .map(|symbol| (symbol.at.0, symbol.kind, symbol.name))
         .collect();
     assert!(found.len() > 50_000, "{}", found.len());
     let other = found.iter().zip(&told).find(|(found, told)| found != told);
@@ -70,8 +70,26 @@ fn symbols_and_types_in_the_kernels_memory_are_those_that_it_tells() {
         ..SymbolFilter::default()
     };
     let modules = machine.agent.symbols(modules).unwrap();
-    assert!(modules.iter().all(|symbol| symbol.module.is_some()));
     assert!(modules.iter().any(|symbol| symbol.name == "dummy_xmit"));
+    // Of exported symbols the list has the letter in upper case.
+    let mut told: Vec<_> = modules
+        .iter()
+        .map(|symbol| {
+            let kind = symbol.kind.to_ascii_lowercase();
+            (symbol.address, kind, symbol.name.as_str(), symbol.module.as_deref().unwrap())
+        })
+        .collect();
+    let mut found: Vec<_> = machine
+        .symbols()
+        .iter()
+        .filter_map(|symbol| {
+            let kind = symbol.kind.to_ascii_lowercase();
+            Some((symbol.at.0, kind, symbol.name, symbol.module?))
+        })
+        .collect();
+    told.sort_unstable();
+    found.sort_unstable();
+    assert_eq!(found, told);
 }
 
 #[test]
