@@ -17,12 +17,13 @@ use crate::guest::modules::{ModuleLayout, ModuleText};
 use crate::guest::symbols::{Symbol, SymbolTable};
 
 /// Names of the processor's thunks, which must stay executable in the driver root.
-fn is_thunk(name: &str) -> bool {
-    name.starts_with("__x86_indirect_")
-        || name.starts_with("__x86_return_")
-        || name.ends_with("_return_thunk")
-        || name.ends_with("_untrain_ret")
-        || name.contains("_safe_ret")
+fn is_thunk(name: &[u8]) -> bool {
+    name.starts_with(b"__x86_indirect_")
+        || name.starts_with(b"__x86_return_")
+        || name.ends_with(b"_return_thunk")
+        || name.ends_with(b"_untrain_ret")
+        || name.ends_with(b"_safe_ret")
+        || name.ends_with(b"_safe_ret_alias")
 }
 
 /// None of the kernel's functions that run with the driver's rights is longer, in bytes.
@@ -191,14 +192,12 @@ fn redirects(scan: &TextScan, copies: &BTreeMap<Gva, GvaRange>) -> Vec<(Gva, Gva
 
 /// Pages of thunks, and of these `functions`.
 fn common_pages(symbols: &SymbolTable, functions: &[&BTreeMap<Gva, GvaRange>]) -> Vec<Gva> {
-    let thunks = symbols
-        .iter()
-        .filter(|symbol| symbol.is_code() && is_thunk(symbol.name));
+    let thunks = symbols.code_where(is_thunk).into_iter();
     let extents = functions.iter().flat_map(|functions| functions.values());
     let of_functions = extents.flat_map(GvaRange::pages);
     pages(
         &mut thunks
-            .map(|symbol| symbol.at.0)
+            .map(|thunk| thunk.0)
             .chain(of_functions.map(|page| page.0)),
     )
 }

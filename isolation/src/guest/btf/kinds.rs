@@ -207,6 +207,11 @@ pub(super) fn kind_number(info: u32) -> u8 {
     (info >> 24 & 0x1f) as u8
 }
 
+/// Whether a record with this info word is an enumeration, of 32 or of 64 bits.
+pub(super) fn is_enumeration(info: u32) -> bool {
+    matches!(kind_number(info), 6 | 19)
+}
+
 /// Bytes of a record with this info word; `None` for a kind that is not known.
 pub(super) fn record_bytes(info: u32) -> Option<usize> {
     let entries = (info & 0xffff) as usize;

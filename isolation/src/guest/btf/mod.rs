@@ -78,6 +78,8 @@ pub struct Btf {
     offsets: ColdRows<4>,
     /// This part's types by their names: calls ask by name.
     by_name: NameIndex,
+    /// This part's enumerations, of which all are looked through for a value's name.
+    enumerations: ColdRows<4>,
     /// First type number of this part: 1, or what follows the base's last.
     first_id: u32,
     /// Offset of this part's first string: 0, or the length of the base's strings.
@@ -112,19 +114,24 @@ impl Btf {
             strings: ColdBytes::new(strings.to_vec()),
             offsets: ColdRows::new(offsets),
             by_name: NameIndex::default(),
+            enumerations: ColdRows::default(),
             first_id,
             first_string,
         };
         let mut by_name = NameIndexBuilder::default();
+        let mut enumerations = Vec::new();
         for id in btf.own_ids() {
-            let record = btf.record(id);
-            let name_at = record.and_then(|record| u32_at(record, 0));
-            let name = name_at.map_or(&[][..], |at| btf.string_bytes(at));
+            let record = btf.record(id).unwrap_or_default();
+            let name = u32_at(record, 0).map_or(&[][..], |at| btf.string_bytes(at));
             if !name.is_empty() {
                 by_name.add(name, id.0);
             }
+            if u32_at(record, 4).is_some_and(kinds::is_enumeration) {
+                enumerations.push(id.0.to_le_bytes());
+            }
         }
         btf.by_name = by_name.finish();
+        btf.enumerations = ColdRows::new(enumerations);
         Ok(btf)
     }
 
@@ -134,6 +141,7 @@ impl Btf {
         self.strings.cool();
         self.offsets.cool();
         self.by_name.cool();
+        self.enumerations.cool();
         if let Some(base) = &self.base {
             base.cool();
         }
@@ -177,6 +185,12 @@ impl Btf {
     /// The numbers of this part's types, without the base's.
     pub fn own_ids(&self) -> impl Iterator<Item = TypeId> + use<> {
         (self.first_id..self.end_id()).map(TypeId)
+    }
+
+    /// This part's enumerations, in order.
+    fn own_enumerations(&self) -> impl Iterator<Item = TypeId> + '_ {
+        let rows = self.enumerations.rows().iter();
+        rows.map(|row| TypeId(u32::from_le_bytes(*row)))
     }
 
     /// All type numbers but 0 (`void`): the base's first.

@@ -177,11 +177,11 @@ impl Btf {
         let value = |id| match self.kind(id)? {
             Kind::Enum { values, .. } => values
                 .iter()
-                .find(|(name_at, _)| self.string(*name_at) == name)
+                .find(|(name_at, _)| self.is_string(*name_at, name))
                 .map(|(_, n)| n),
             _ => None,
         };
-        self.own_ids()
+        self.own_enumerations()
             .find_map(value)
             .or_else(|| self.base.as_ref()?.enum_value(name))
     }
