@@ -127,7 +127,9 @@ impl Knowledge {
         let (name, sections) = (module.name.as_str(), module.sections.as_slice());
         // A kernel can start another one without a reset (kexec).
         let is_the_same = |kept: &Kernel| match &kept.found {
-            Some((identity, _)) => isolator.runs_kernel(identity, name, sections).unwrap_or(false),
+            Some((identity, _)) => isolator
+                .runs_kernel(identity, name, sections)
+                .unwrap_or(false),
             None => true,
         };
         let kept = lock(&self.kernel).clone();

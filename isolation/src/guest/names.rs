@@ -99,7 +99,9 @@ mod tests {
     #[test]
     fn each_name_finds_its_numbers_in_order() {
         let mut index = NameIndexBuilder::default();
-        let names: Vec<String> = (0..5000).map(|number| format!("f{}", number % 4000)).collect();
+        let names: Vec<String> = (0..5000)
+            .map(|number| format!("f{}", number % 4000))
+            .collect();
         for (number, name) in names.iter().enumerate() {
             index.add(name.as_bytes(), number as u32);
         }
@@ -109,7 +111,9 @@ mod tests {
             let like: Vec<u32> = index.like(name.as_bytes()).collect();
             looked_at += like.len();
             assert!(like.is_sorted());
-            let found = like.into_iter().filter(|number| names[*number as usize] == *name);
+            let found = like
+                .into_iter()
+                .filter(|number| names[*number as usize] == *name);
             let all = (0..5000).filter(|number| names[*number as usize] == *name);
             assert!(found.eq(all));
         }

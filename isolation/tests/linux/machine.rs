@@ -270,7 +270,9 @@ impl Machine {
         let (base, types) = self.kernel.insert(kernel);
         let loaded = self.agent.modules(Some(module)).unwrap();
         let sections = &loaded[0].sections;
-        let symbols = self.isolator.symbols_of_modules(module, sections, base, types);
+        let symbols = self
+            .isolator
+            .symbols_of_modules(module, sections, base, types);
         self.symbols = Arc::new(symbols.unwrap());
     }
 

@@ -126,7 +126,7 @@ impl Symbols {
         let symbols = bytes(layout.symbols.read(virt, tables)?, count * SYMBOL_BYTES)?;
         let kinds = bytes(layout.kinds.read(virt, tables)?, count)?;
         let last = symbols.as_chunks::<SYMBOL_BYTES>().0.iter();
-        let last = last.map(|symbol| name_at(symbol)).max().unwrap_or(0);
+        let last = last.map(name_at).max().unwrap_or(0);
         // How long the strings are nobody says, and behind the page of the last name there may be
         // nothing.
         let strings_at = layout.strings.read(virt, tables)?;

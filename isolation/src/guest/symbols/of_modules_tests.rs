@@ -74,7 +74,12 @@ impl Guest {
             guest.word(*at, 0);
             guest.put(at + 24, format!("{name:\0<64}").as_bytes());
             guest.word(at + 0x100, at + TABLES);
-            for (offset, word) in [(0, at + SYMBOLS), (8, 3), (16, at + STRINGS), (24, at + KINDS)] {
+            for (offset, word) in [
+                (0, at + SYMBOLS),
+                (8, 3),
+                (16, at + STRINGS),
+                (24, at + KINDS),
+            ] {
                 guest.word(at + TABLES + offset, word);
             }
             guest.put(at + KINDS, b"?td");

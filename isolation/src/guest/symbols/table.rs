@@ -340,7 +340,10 @@ impl SymbolTable {
             let next = layer.first_where(|address| address > at.0);
             layer.record(next).map(|record| Gva(record.address - 1))
         };
-        let last = self.layers().filter_map(behind).fold(within.last(), Gva::min);
+        let last = self
+            .layers()
+            .filter_map(behind)
+            .fold(within.last(), Gva::min);
         GvaRange::inclusive(at, last)
     }
 
@@ -396,4 +399,3 @@ impl SymbolTable {
         }
     }
 }
-

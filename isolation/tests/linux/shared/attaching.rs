@@ -76,7 +76,12 @@ fn symbols_and_types_in_the_kernels_memory_are_those_that_it_tells() {
         .iter()
         .map(|symbol| {
             let kind = symbol.kind.to_ascii_lowercase();
-            (symbol.address, kind, symbol.name.as_str(), symbol.module.as_deref().unwrap())
+            (
+                symbol.address,
+                kind,
+                symbol.name.as_str(),
+                symbol.module.as_deref().unwrap(),
+            )
         })
         .collect();
     let mut found: Vec<_> = machine
