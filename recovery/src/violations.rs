@@ -57,6 +57,25 @@ impl Kind {
             && self.last.at == other.at
             && kind(&self.last) == kind(other)
     }
+
+    /// Whether one that is like the last one is told in the same words: who fails on and on does
+    /// not wait for copies of them.
+    fn reads_as(&self, other: &ViolationReport) -> bool {
+        let last = &self.last;
+        let (one, two) = (&last.violation, &other.violation);
+        let what = one.kind == two.kind && one.root == two.root;
+        let left = one.reached_device == two.reached_device
+            && one.spills == two.spills
+            && one.published == two.published;
+        what && left
+            && last.instruction == other.instruction
+            && last.touched == other.touched
+            && last.call_chain == other.call_chain
+            && last.stays == other.stays
+            && last.device_lost == other.device_lost
+            && last.told == other.told
+            && last.image == other.image
+    }
 }
 
 impl ViolationLog {
@@ -68,7 +87,11 @@ impl ViolationLog {
         let kinds = self.0.entry(module.to_owned()).or_default();
         if let Some(kind) = kinds.iter_mut().find(|kind| kind.is_like(report)) {
             kind.count = kind.count.saturating_add(1);
-            kind.last = report.clone();
+            if kind.reads_as(report) {
+                kind.last.at_ns = report.at_ns;
+            } else {
+                kind.last = report.clone();
+            }
             kind.image = image_of(report).or(kind.image.take());
             return;
         }
@@ -131,6 +154,21 @@ mod tests {
         assert_eq!(all[1].first_ns, 10);
         assert!(all[1].text.contains("f+1"), "{}", all[1].text);
         assert!(log.of("x").is_empty());
+    }
+
+    #[test]
+    fn the_words_are_those_of_the_last_one() {
+        let mut log = ViolationLog::default();
+        let touching = |touched: &str, at_ns| ViolationReport {
+            touched: Some(touched.to_owned()),
+            ..at("f", "f+1", at_ns)
+        };
+        for (at_ns, touched) in [(1, "a"), (2, "a"), (3, "b"), (4, "b"), (5, "c")] {
+            log.add("m", &touching(touched, at_ns));
+            let [one] = log.of("m").try_into().unwrap();
+            assert!(one.text.ends_with(touched), "{}", one.text);
+            assert_eq!((one.count, one.last_ns), (at_ns, at_ns));
+        }
     }
 
     #[test]

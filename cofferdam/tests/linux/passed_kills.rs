@@ -131,69 +131,6 @@ impl Held {
     }
 }
 
-/// As seen of monitors in wide use: a function attached in the moment in which another guest gives
-/// it up is refused as busy, the second attempt is accepted and the device never sends anything;
-/// and attempts that fail use up the slots.
-#[test]
-#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
-fn a_guest_that_attaches_in_the_moment_of_anothers_end_has_a_real_function_that_works() {
-    let rounds = if full() { 4 } else { 2 };
-    Sysfs::default()
-        .bind(FUNCTION.parse().unwrap(), true)
-        .unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let root = folder.path();
-    let words = ["--vfio", FUNCTION, "--slots", "2"];
-    let served = DeviceHost::start(&options().program, root, &words).unwrap();
-    let boot = |name| super::boot(&options().among(root, name).with("--memory 256M"));
-    let mut guests = NAMES.map(boot);
-    let plug = |guest: &Guest| {
-        let request = Request::Plug {
-            net: None,
-            nic: Some(format!("device={NAME}")),
-        };
-        match guest.control().unwrap().ask(&request) {
-            Ok(Reply::Plugged(nic)) => nic.address,
-            other => panic!("{other:?}"),
-        }
-    };
-    let mut places = vec![plug(&guests[0])];
-    bring_up(&mut guests[0]);
-    for round in 0..rounds {
-        let [has, gets] = [round % 2, 1 - round % 2];
-        // Those that are refused: its name is taken.
-        for _ in 0..8 {
-            let runtime = RuntimeRoot::new(root);
-            let mac = context(&served, NAMES[has]).mac.parse().unwrap();
-            let name = NAMES[has].parse().unwrap();
-            let refused = attach(&runtime, &NAME.parse().unwrap(), (&name, mac), None);
-            let refused = refused.map(drop).unwrap_err().to_string();
-            assert!(refused.contains("busy"), "{refused}");
-        }
-        let address = places.last().unwrap().clone();
-        let mut control = guests[has].control().unwrap();
-        let place = std::thread::scope(|scope| {
-            let goes = scope.spawn(move || control.tell(&Request::Unplug { address }));
-            // From before its end to behind it.
-            std::thread::sleep(Duration::from_millis(150 * round as u64));
-            let place = plug(&guests[gets]);
-            goes.join().unwrap().unwrap();
-            place
-        });
-        places.push(place);
-        bring_up(&mut guests[gets]);
-        transfer(&mut guests[gets], 2);
-        let turn = served.turn().unwrap();
-        assert_eq!(turn.as_deref(), Some(NAMES[gets]), "round {round}");
-        let status = served.status().unwrap();
-        assert_eq!(status.contexts.len(), 2, "{status:?}");
-    }
-    assert!(places.iter().all(|place| *place == places[0]), "{places:?}");
-    for guest in &mut guests {
-        assert_log_is_healthy(guest, &["Hardware Unit Hang"]);
-    }
-}
-
 mod long {
     use super::*;
 
@@ -233,6 +170,69 @@ mod long {
                 insert_nic(guest, "e1000e", 15 + index as u8);
                 held.works(index);
             }
+        }
+    }
+
+    /// As seen of monitors in wide use: a function attached in the moment in which another guest gives
+    /// it up is refused as busy, the second attempt is accepted and the device never sends anything;
+    /// and attempts that fail use up the slots.
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_that_attaches_in_the_moment_of_anothers_end_has_a_real_function_that_works() {
+        let rounds = if full() { 4 } else { 2 };
+        Sysfs::default()
+            .bind(FUNCTION.parse().unwrap(), true)
+            .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let words = ["--vfio", FUNCTION, "--slots", "2"];
+        let served = DeviceHost::start(&options().program, root, &words).unwrap();
+        let boot = |name| super::boot(&options().among(root, name).with("--memory 256M"));
+        let mut guests = NAMES.map(boot);
+        let plug = |guest: &Guest| {
+            let request = Request::Plug {
+                net: None,
+                nic: Some(format!("device={NAME}")),
+            };
+            match guest.control().unwrap().ask(&request) {
+                Ok(Reply::Plugged(nic)) => nic.address,
+                other => panic!("{other:?}"),
+            }
+        };
+        let mut places = vec![plug(&guests[0])];
+        bring_up(&mut guests[0]);
+        for round in 0..rounds {
+            let [has, gets] = [round % 2, 1 - round % 2];
+            // Those that are refused: its name is taken.
+            for _ in 0..8 {
+                let runtime = RuntimeRoot::new(root);
+                let mac = context(&served, NAMES[has]).mac.parse().unwrap();
+                let name = NAMES[has].parse().unwrap();
+                let refused = attach(&runtime, &NAME.parse().unwrap(), (&name, mac), None);
+                let refused = refused.map(drop).unwrap_err().to_string();
+                assert!(refused.contains("busy"), "{refused}");
+            }
+            let address = places.last().unwrap().clone();
+            let mut control = guests[has].control().unwrap();
+            let place = std::thread::scope(|scope| {
+                let goes = scope.spawn(move || control.tell(&Request::Unplug { address }));
+                // From before its end to behind it.
+                std::thread::sleep(Duration::from_millis(150 * round as u64));
+                let place = plug(&guests[gets]);
+                goes.join().unwrap().unwrap();
+                place
+            });
+            places.push(place);
+            bring_up(&mut guests[gets]);
+            transfer(&mut guests[gets], 2);
+            let turn = served.turn().unwrap();
+            assert_eq!(turn.as_deref(), Some(NAMES[gets]), "round {round}");
+            let status = served.status().unwrap();
+            assert_eq!(status.contexts.len(), 2, "{status:?}");
+        }
+        assert!(places.iter().all(|place| *place == places[0]), "{places:?}");
+        for guest in &mut guests {
+            assert_log_is_healthy(guest, &["Hardware Unit Hang"]);
         }
     }
 }

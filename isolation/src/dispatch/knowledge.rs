@@ -1,5 +1,6 @@
 //! What is known of the guest for one module.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -205,6 +206,11 @@ fn disassemble(domain: &Domain, va: u64) -> String {
         return "(bad)".into();
     }
     let mut text = String::new();
-    GasFormatter::new().format(&instruction, &mut text);
+    FORMATTER.with_borrow_mut(|formatter| formatter.format(&instruction, &mut text));
     text
+}
+
+thread_local! {
+    /// To make one takes longer than the rest of a report: it makes the names of all registers.
+    static FORMATTER: RefCell<GasFormatter> = RefCell::new(GasFormatter::new());
 }

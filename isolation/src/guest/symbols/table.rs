@@ -156,6 +156,7 @@ impl SymbolTableBuilder {
         } = self;
         // Stable: of symbols with one address the guest's first one names it.
         records.sort_by_key(|record| record.address);
+        let last = Gva(records.last().map_or(0, |record| record.address));
         let names = names.into_bytes();
         let mut by_name = NameIndexBuilder::default();
         let mut rows = Vec::with_capacity(records.len());
@@ -167,6 +168,7 @@ impl SymbolTableBuilder {
         }
         SymbolTable {
             base,
+            last,
             by_name: by_name.finish(),
             records: ColdRows::new(rows),
             names: ColdBytes::new(names),
@@ -204,6 +206,8 @@ impl From<TableSymbols> for SymbolTable {
 pub struct SymbolTable {
     /// Those that were known before: the kernel's, where the others are of modules.
     base: Option<Arc<SymbolTable>>,
+    /// The highest address of a symbol, without those of the base.
+    last: Gva,
     /// By address.
     records: ColdRows<RECORD_BYTES>,
     /// Indices into `records`, which are in the order of addresses.
@@ -263,12 +267,18 @@ impl SymbolTable {
     /// A symbol has no length: what lies behind the last symbol of a module counts as its. Where
     /// that matters use [`SymbolTable::extent`].
     pub fn lookup(&self, at: Gva) -> Option<(Symbol<'_>, u64)> {
-        let before = self.layers().filter_map(|layer| layer.own_before(at));
-        let nearest = before.reduce(|first, second| match second.at > first.at {
-            true => second,
-            false => first,
+        let own = self.own_before(at);
+        let base = self.base.as_deref().filter(|base| {
+            // Modules lie behind the kernel: what is theirs is found without a look at the pages of
+            // the kernel's symbols, which are not in memory.
+            own.is_none_or(|own| base.last >= own.at)
         });
-        nearest.map(|symbol| (symbol, at.0 - symbol.at.0))
+        let below = base.and_then(|base| base.own_before(at));
+        let nearest = match (below, own) {
+            (Some(below), Some(own)) if own.at > below.at => own,
+            (below, own) => below.or(own)?,
+        };
+        Some((nearest, at.0 - nearest.at.0))
     }
 
     /// Where the code is whose name `fits`, of which all are asked about: by the bytes of the name,
@@ -288,7 +298,8 @@ impl SymbolTable {
 
     /// The symbols exactly at `at`, in the guest's order.
     pub fn at(&self, at: Gva) -> impl Iterator<Item = Symbol<'_>> {
-        self.layers().flat_map(move |layer| {
+        let reaching = self.layers().filter(move |layer| layer.last >= at);
+        reaching.flat_map(move |layer| {
             let first = layer.first_where(|address| address >= at.0);
             let behind = layer.first_where(|address| address > at.0);
             let rows = layer.records.rows().get(first..behind);
@@ -340,10 +351,8 @@ impl SymbolTable {
             let next = layer.first_where(|address| address > at.0);
             layer.record(next).map(|record| Gva(record.address - 1))
         };
-        let last = self
-            .layers()
-            .filter_map(behind)
-            .fold(within.last(), Gva::min);
+        let reaching = self.layers().filter(|layer| layer.last > at);
+        let last = reaching.filter_map(behind).fold(within.last(), Gva::min);
         GvaRange::inclusive(at, last)
     }
 
