@@ -6,13 +6,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent_protocol::client::Channel;
 use agent_protocol::message::Exec;
 use agent_protocol::{Client, ClientError};
 
 use crate::bench::guest::{Guest, text_from};
+use recovery::campaign::workload::is_over;
 
 /// Between two looks at the guest.
 const POLL: Duration = Duration::from_millis(200);
@@ -34,11 +35,28 @@ fn says_too_much(console: &Path, heard: u64) -> bool {
     bytes.saturating_sub(heard) > MAX_CONSOLE
 }
 
+/// What a script wrote, and when.
+#[derive(Debug, Clone, Default)]
+pub struct Heard {
+    /// All of it.
+    pub output: String,
+    /// When its first byte came.
+    pub began: Option<Instant>,
+    /// When it had said that the work is over.
+    pub over: Option<Instant>,
+}
+
 /// What a script writes in the guest until it ends, its time is up, or the guest panics or writes
 /// too much, as its console says behind byte `heard`.
 pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration) -> String {
+    listen(guest, heard, script, limit).output
+}
+
+/// The same, and when it came.
+pub fn listen(guest: &mut Guest, heard: u64, script: String, limit: Duration) -> Heard {
     guest.agent().disconnect();
     let mut output = Vec::new();
+    let (mut began, mut over) = (None, None);
     let exec = Exec {
         argv: ["sh".to_owned(), "-c".to_owned(), script].into(),
         limit_ms: Some(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
@@ -48,12 +66,21 @@ pub fn output_of(guest: &mut Guest, heard: u64, script: String, limit: Duration)
         if output.len() < MAX_OUTPUT {
             output.extend(bytes);
         }
+        let now = Instant::now();
+        began.get_or_insert(now);
+        if over.is_none() && is_over(&String::from_utf8_lossy(&output)) {
+            over = Some(now);
+        }
     };
     let console = guest.console_file();
     let has_ended = || says_too_much(&console, heard) || has_panicked(&text_from(&console, heard));
     // What it said before it hung counts.
     let _ended = exec_unless(has_ended, &guest.paths().agent_socket(), exec, &mut collect);
-    String::from_utf8_lossy(&output).into_owned()
+    Heard {
+        output: String::from_utf8_lossy(&output).into_owned(),
+        began,
+        over,
+    }
 }
 
 /// Runs a program in a guest by a channel of its own, which is closed when the guest `has_ended`.

@@ -25,13 +25,15 @@ use isolation::mutation::Mutation;
 use isolation::status::ModuleStatus;
 use recovery::campaign::Way;
 use recovery::campaign::kind::TrialKind;
+use recovery::campaign::times::Times;
 use recovery::campaign::verdict::Seen;
 use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation};
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 use serde::{Deserialize, Serialize};
 
-use super::patience::output_of;
+use super::millis;
+use super::patience::{Heard, listen, output_of};
 use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
@@ -98,6 +100,17 @@ impl Baseline {
     fn limit(&self, part: &Workload) -> Duration {
         let took = self.took.saturating_sub(self.outcome.left_out(part));
         took * TIMES + LONGER
+    }
+}
+
+/// Measures phases that come one after the other.
+struct Laps(Instant);
+
+impl Laps {
+    /// Milliseconds from the end of the phase before until `end`, or until now.
+    fn lap(&mut self, end: Option<Instant>) -> u64 {
+        let end = end.unwrap_or_else(Instant::now);
+        millis(end.saturating_duration_since(std::mem::replace(&mut self.0, end)))
     }
 }
 
@@ -292,7 +305,10 @@ impl Worker {
             Way::Native => NATIVE,
             Way::Once | Way::Stays => ISOLATED,
         };
+        let mut watch = Laps(begun);
+        let mut times = Times::default();
         self.rewind(mark)?;
+        times.rewind = watch.lap(None);
         let (since_ns, before) = (monotonic_ns(), self.counters()?);
         let request = self.request(way, fault);
         if let Err(error) = self.control.ask(&request) {
@@ -301,8 +317,15 @@ impl Worker {
             tracing::debug!("{fault:?}: {error:#}");
             return Ok(None);
         }
+        times.fault = watch.lap(None);
         let limit = self.baseline(way).limit(&part);
-        let outcome = self.work(&part, limit).unwrap_or_default();
+        let (outcome, heard) = self.work_and_hear(&part, limit);
+        times.begin = watch.lap(heard.began);
+        times.work = watch.lap(heard.over);
+        times.checks = match heard.over {
+            Some(_) => watch.lap(None),
+            None => 0,
+        };
         let mut seen = Seen {
             finished: outcome.finished,
             differs: outcome.differs(&self.baseline(way).outcome, &part),
@@ -314,7 +337,9 @@ impl Worker {
             seen.elsewhere.push("contents of a file".to_owned());
         }
         self.look(way, fault, (since_ns, before), &mut seen)?;
-        seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        times.look = watch.lap(None);
+        seen.took_ms = millis(begun.elapsed());
+        seen.times = Some(times);
         Ok(Some(seen))
     }
 
@@ -386,9 +411,16 @@ impl Worker {
 
     /// Has the guest do this part of the workload.
     fn work(&mut self, part: &Workload, limit: Duration) -> anyhow::Result<Outcome> {
+        Ok(self.work_and_hear(part, limit).0)
+    }
+
+    /// The same, with what it said, and when.
+    fn work_and_hear(&mut self, part: &Workload, limit: Duration) -> (Outcome, Heard) {
         let script = part.script(INTERFACE, GATEWAY);
-        let output = output_of(&mut self.guest, self.heard, script, limit);
-        Ok(part.read_output(&output))
+        let heard = listen(&mut self.guest, self.heard, script, limit);
+        let outcome = part.read_output(&heard.output);
+        tracing::debug!("{outcome:?}");
+        (outcome, heard)
     }
 
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {
@@ -401,9 +433,10 @@ impl Worker {
 
     fn rewind(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
-        self.control.ask(&Request::Rewind {
+        let rewound = self.control.ask(&Request::Rewind {
             name: Some(name.to_owned()),
         })?;
+        tracing::debug!("{rewound:?}");
         // What was said before is of a run that is over, and campaigns have many.
         self.heard = self.guest.cut_console();
         Ok(())

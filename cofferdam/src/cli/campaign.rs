@@ -322,12 +322,14 @@ impl RunArgs {
             return Ok(Ending::SUCCESS);
         }
         let seconds = done.took.as_secs_f64();
+        let all_ms = done.took.saturating_mul(self.jobs).as_millis();
+        let all_ms = u64::try_from(all_ms).unwrap_or(u64::MAX);
         if done.made > 0 {
             eprintln!(
-                "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside of them",
+                "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside the guest's work",
                 counted(done.made.into(), "trial", "trials"),
                 f64::from(done.made) * 60.0 / seconds,
-                100.0 - done.in_runs.as_secs_f64() * 100.0 / seconds / f64::from(self.jobs)
+                100.0 * done.pace.outside(all_ms)
             );
         }
         show(&done.summary, self.json)?;

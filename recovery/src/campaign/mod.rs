@@ -10,6 +10,7 @@ pub mod kind;
 pub mod plan;
 pub mod record;
 pub mod summary;
+pub mod times;
 pub mod verdict;
 pub mod workload;
 

@@ -21,6 +21,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Way;
+use super::times::Times;
 
 /// What was seen of one run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -59,6 +60,9 @@ pub struct Seen {
     pub violation: Option<Detected>,
     /// How long the run took, in milliseconds.
     pub took_ms: u64,
+    /// And what of it; `None` in files from before that was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times: Option<Times>,
 }
 
 /// The first call of a run that was taken back.

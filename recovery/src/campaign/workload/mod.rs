@@ -351,6 +351,14 @@ impl Workload {
     }
 }
 
+/// Whether the output of a script says that the steps are done, and whether the device works: what
+/// comes behind that are the checks.
+pub fn is_over(output: &str) -> bool {
+    let said = output.lines().filter_map(|line| line.strip_prefix(STEP));
+    let mut steps = said.filter_map(|line| line.split_once(' '));
+    steps.any(|(_, step)| step == OWN_STEPS[0])
+}
+
 /// Reads a file of data; what is wrong in it with its line.
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, WorkloadError> {
     toml::from_str(text).map_err(|error| {
