@@ -7,6 +7,7 @@
 //!                                                 └ in the driver's code, or at its device's edge
 //! ```
 
+mod baseline;
 mod edge;
 mod look;
 
@@ -27,7 +28,9 @@ use recovery::campaign::Way;
 use recovery::campaign::kind::TrialKind;
 use recovery::campaign::times::Times;
 use recovery::campaign::verdict::Seen;
-use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation};
+use recovery::campaign::workload::{
+    Calls, Outcome, Steps, Workload, preparation, watch_as_usual, watch_closely,
+};
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 use serde::{Deserialize, Serialize};
@@ -38,7 +41,9 @@ use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
+use baseline::{Baseline, Laps};
 use edge::order;
+use look::faults;
 
 /// Names of the marks.
 const NATIVE: &str = "native";
@@ -46,11 +51,6 @@ const ISOLATED: &str = "isolated";
 
 /// How long the workload may take before it is known how long it takes.
 const FIRST_TIME: Duration = Duration::from_secs(300);
-
-/// How many times as long as without a fault it may take, and how much longer: retries of a network
-/// take seconds, and a lab is not always as fast.
-const TIMES: u32 = 3;
-const LONGER: Duration = Duration::from_secs(10);
 
 /// What is to be tried.
 #[derive(Debug, Clone)]
@@ -86,32 +86,6 @@ pub struct EntryCalls {
     pub taken_back: u64,
     /// Times that calls went on in the guest, or were given back to it.
     pub in_the_guest: u64,
-}
-
-/// How the workload ends without a fault, and how long it may take with one.
-#[derive(Default)]
-struct Baseline {
-    outcome: Outcome,
-    took: Duration,
-}
-
-impl Baseline {
-    /// How long these steps of the work may take.
-    fn limit(&self, part: &Workload) -> Duration {
-        let took = self.took.saturating_sub(self.outcome.left_out(part));
-        took * TIMES + LONGER
-    }
-}
-
-/// Measures phases that come one after the other.
-struct Laps(Instant);
-
-impl Laps {
-    /// Milliseconds from the end of the phase before until `end`, or until now.
-    fn lap(&mut self, end: Option<Instant>) -> u64 {
-        let end = end.unwrap_or_else(Instant::now);
-        millis(end.saturating_duration_since(std::mem::replace(&mut self.0, end)))
-    }
 }
 
 /// How a part of the workload ended without a fault.
@@ -182,6 +156,7 @@ impl Worker {
             worker.texts.push((function.clone(), text));
         }
         progress("how the guest's work ends without a fault");
+        worker.guest.shell(&watch_closely())?;
         worker.mark(NATIVE)?;
         worker.watch_edge(kinds)?;
         worker.native = worker.healthy(NATIVE)?;
@@ -192,6 +167,8 @@ impl Worker {
             worker.learn_calls(progress)?;
         }
         worker.rewind(NATIVE)?;
+        worker.guest.shell(&watch_as_usual())?;
+        worker.guest.agent().disconnect();
         worker.control.ask(&Request::Isolate {
             module: setup.workload.driver.clone(),
             entries: Wanted::Named(setup.workload.entries.clone()),
@@ -318,8 +295,7 @@ impl Worker {
             return Ok(None);
         }
         times.fault = watch.lap(None);
-        let limit = self.baseline(way).limit(&part);
-        let (outcome, heard) = self.work_and_hear(&part, limit);
+        let (outcome, heard) = self.work_with(way, fault, &part);
         times.begin = watch.lap(heard.began);
         times.work = watch.lap(heard.over);
         times.checks = match heard.over {
@@ -336,7 +312,7 @@ impl Worker {
         if outcome.contents_changed {
             seen.elsewhere.push("contents of a file".to_owned());
         }
-        self.look(way, fault, (since_ns, before), &mut seen)?;
+        self.look(way, fault, (since_ns, before, heard.silent), &mut seen)?;
         times.look = watch.lap(None);
         seen.took_ms = millis(begun.elapsed());
         seen.times = Some(times);
@@ -349,7 +325,7 @@ impl Worker {
     /// # Errors
     /// The VM does not do what it is asked for.
     pub fn round(&mut self, part: &Workload) -> anyhow::Result<Round> {
-        let outcome = self.work(part, self.isolated.limit(part))?;
+        let outcome = self.work(part, self.isolated.limits(part, Way::Stays).all)?;
         Ok(Round {
             finished: outcome.finished,
             works: outcome.works,
@@ -411,14 +387,29 @@ impl Worker {
 
     /// Has the guest do this part of the workload.
     fn work(&mut self, part: &Workload, limit: Duration) -> anyhow::Result<Outcome> {
-        Ok(self.work_and_hear(part, limit).0)
+        let script = part.script(INTERFACE, GATEWAY);
+        let output = output_of(&mut self.guest, self.heard, script, limit);
+        Ok(part.read_output(&output))
     }
 
-    /// The same, with what it said, and when.
-    fn work_and_hear(&mut self, part: &Workload, limit: Duration) -> (Outcome, Heard) {
+    /// The same with a fault, and what it said when. The checks behind the work are not waited for
+    /// where nobody has come to the fault.
+    fn work_with(&mut self, way: Way, fault: &Fault, part: &Workload) -> (Outcome, Heard) {
         let script = part.script(INTERFACE, GATEWAY);
-        let heard = listen(&mut self.guest, self.heard, script, limit);
-        let outcome = part.read_output(&heard.output);
+        let limits = self.baseline(way).limits(part, way);
+        let (control, driver) = (&mut self.control, &self.workload.driver);
+        let mut may_be_reached = || {
+            way != Way::Native
+                || matches!(fault, Fault::Edge(..))
+                || faults(control, driver)
+                    .ok()
+                    .and_then(|faults| faults.own_text)
+                    .is_none_or(|fault| !fault.tells || fault.reached_ns.is_some())
+        };
+        let (guest, heard) = (&mut self.guest, self.heard);
+        let heard = listen(guest, heard, script, &limits, &mut may_be_reached);
+        let mut outcome = part.read_output(&heard.output);
+        outcome.finished |= heard.cut;
         tracing::debug!("{outcome:?}");
         (outcome, heard)
     }

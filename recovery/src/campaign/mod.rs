@@ -8,6 +8,7 @@
 
 pub mod kind;
 pub mod plan;
+pub mod reason;
 pub mod record;
 pub mod summary;
 pub mod times;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Way;
 use super::plan::Trial;
-use super::verdict::{Seen, Verdict, verdict};
+use super::verdict::{Seen, Verdict, is_zero, verdict};
 use super::workload::{Steps, Workload, WorkloadError};
 
 /// Of what this program writes.
@@ -80,10 +80,6 @@ pub struct Record {
     /// known.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub took_ms: u64,
-}
-
-fn is_zero(number: &u64) -> bool {
-    *number == 0
 }
 
 /// Why a campaign's file cannot be gone on with.

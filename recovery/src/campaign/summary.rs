@@ -94,12 +94,7 @@ impl Summary {
                 let counts = self.of_harm.entry(*way).or_default();
                 *counts.entry(run.verdict).or_default() += 1;
             }
-            let is_bad = match run.verdict {
-                Verdict::Escaped | Verdict::DetectedNotRecovered => true,
-                Verdict::Undetected => is_harm,
-                _ => false,
-            };
-            if is_bad {
+            if run.verdict.is_bad(native) {
                 let look_at = self.to_look_at.entry(run.verdict).or_default();
                 if look_at.last() != Some(&record.trial.number) {
                     look_at.push(record.trial.number);
