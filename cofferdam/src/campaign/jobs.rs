@@ -150,6 +150,7 @@ mod tests {
             says: String::new(),
             steps: Vec::new(),
             runs: BTreeMap::new(),
+            took_ms: 0,
         })
     }
 

@@ -21,6 +21,7 @@ use recovery::campaign::kind::TrialKind;
 use recovery::campaign::plan::{PARTS, Place, Trial, trials};
 use recovery::campaign::record::{self, FORMAT, Header, MAX_FILE, Record, Run};
 use recovery::campaign::summary::Summary;
+use recovery::campaign::times::Pace;
 use recovery::campaign::verdict::Verdict;
 
 use crate::control::protocol::FunctionBytes;
@@ -72,10 +73,10 @@ pub struct Progress<'a> {
 pub struct Done {
     /// Its figures.
     pub summary: Summary,
-    /// Time that it took, and of that what passed outside of runs.
+    /// Time that it took, making ready included.
     pub took: Duration,
-    /// Time of the runs, of all VMs together.
-    pub in_runs: Duration,
+    /// How fast the trials were made that were made now.
+    pub pace: Pace,
     /// Trials that were made now.
     pub made: u32,
     /// It was stopped before its end.
@@ -134,13 +135,9 @@ pub fn run(
     };
     let since = Instant::now();
     let mut write = |record: &Record| {
-        done.in_runs += record
-            .runs
-            .values()
-            .map(|run| Duration::from_millis(run.seen.took_ms))
-            .sum::<Duration>();
         append(&mut file, record).with_context(|| options.file.display().to_string())?;
         done.summary.add(record);
+        done.pace.add(record);
         done.made += 1;
         let left = plan.len().saturating_sub(done_before + done.made as usize);
         let left = since.elapsed() / done.made * u32::try_from(left).unwrap_or(u32::MAX);
@@ -183,6 +180,7 @@ fn make(
     worker: &mut Worker,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<Record> {
+    let begun = Instant::now();
     let (fault, says) = fault(trial, worker)?;
     let steps = match (steps, trial.kind) {
         (Some(steps), _) => steps.to_vec(),
@@ -222,7 +220,13 @@ fn make(
         says,
         steps,
         runs,
+        took_ms: millis(begun.elapsed()).max(1),
     })
+}
+
+/// Whole milliseconds.
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What is put in for a trial, and the same in words.
@@ -406,6 +410,7 @@ mod tests {
             says: String::new(),
             steps: Vec::new(),
             runs: BTreeMap::new(),
+            took_ms: 0,
         };
         assert_eq!(header_in(&path, Elsewhere::Followed).unwrap(), None);
         let (mut file, records) = open(&path, Elsewhere::Followed, &header).unwrap();

@@ -7,6 +7,7 @@
 //!                                                 └ in the driver's code, or at its device's edge
 //! ```
 
+mod baseline;
 mod edge;
 mod look;
 
@@ -25,18 +26,24 @@ use isolation::mutation::Mutation;
 use isolation::status::ModuleStatus;
 use recovery::campaign::Way;
 use recovery::campaign::kind::TrialKind;
+use recovery::campaign::times::Times;
 use recovery::campaign::verdict::Seen;
-use recovery::campaign::workload::{Calls, Outcome, Steps, Workload, preparation};
+use recovery::campaign::workload::{
+    Calls, Outcome, Steps, Workload, preparation, watch_as_usual, watch_closely,
+};
 use recovery::ladder::LadderConfig;
 use recovery::request::Spilling;
 use serde::{Deserialize, Serialize};
 
-use super::patience::output_of;
+use super::millis;
+use super::patience::{Heard, listen, output_of};
 use crate::bench::guest::{BOOT_TIME, Guest, GuestOptions};
 use crate::bench::network::{self, GATEWAY, INTERFACE, LINK_TIME};
 use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
+use baseline::{Baseline, Laps};
 use edge::order;
+use look::faults;
 
 /// Names of the marks.
 const NATIVE: &str = "native";
@@ -44,11 +51,6 @@ const ISOLATED: &str = "isolated";
 
 /// How long the workload may take before it is known how long it takes.
 const FIRST_TIME: Duration = Duration::from_secs(300);
-
-/// How many times as long as without a fault it may take, and how much longer: retries of a network
-/// take seconds, and a lab is not always as fast.
-const TIMES: u32 = 3;
-const LONGER: Duration = Duration::from_secs(10);
 
 /// What is to be tried.
 #[derive(Debug, Clone)]
@@ -84,21 +86,6 @@ pub struct EntryCalls {
     pub taken_back: u64,
     /// Times that calls went on in the guest, or were given back to it.
     pub in_the_guest: u64,
-}
-
-/// How the workload ends without a fault, and how long it may take with one.
-#[derive(Default)]
-struct Baseline {
-    outcome: Outcome,
-    took: Duration,
-}
-
-impl Baseline {
-    /// How long these steps of the work may take.
-    fn limit(&self, part: &Workload) -> Duration {
-        let took = self.took.saturating_sub(self.outcome.left_out(part));
-        took * TIMES + LONGER
-    }
 }
 
 /// How a part of the workload ended without a fault.
@@ -169,6 +156,7 @@ impl Worker {
             worker.texts.push((function.clone(), text));
         }
         progress("how the guest's work ends without a fault");
+        worker.guest.shell(&watch_closely())?;
         worker.mark(NATIVE)?;
         worker.watch_edge(kinds)?;
         worker.native = worker.healthy(NATIVE)?;
@@ -179,6 +167,8 @@ impl Worker {
             worker.learn_calls(progress)?;
         }
         worker.rewind(NATIVE)?;
+        worker.guest.shell(&watch_as_usual())?;
+        worker.guest.agent().disconnect();
         worker.control.ask(&Request::Isolate {
             module: setup.workload.driver.clone(),
             entries: Wanted::Named(setup.workload.entries.clone()),
@@ -292,7 +282,10 @@ impl Worker {
             Way::Native => NATIVE,
             Way::Once | Way::Stays => ISOLATED,
         };
+        let mut watch = Laps(begun);
+        let mut times = Times::default();
         self.rewind(mark)?;
+        times.rewind = watch.lap(None);
         let (since_ns, before) = (monotonic_ns(), self.counters()?);
         let request = self.request(way, fault);
         if let Err(error) = self.control.ask(&request) {
@@ -301,8 +294,14 @@ impl Worker {
             tracing::debug!("{fault:?}: {error:#}");
             return Ok(None);
         }
-        let limit = self.baseline(way).limit(&part);
-        let outcome = self.work(&part, limit).unwrap_or_default();
+        times.fault = watch.lap(None);
+        let (outcome, heard) = self.work_with(way, fault, &part);
+        times.begin = watch.lap(heard.began);
+        times.work = watch.lap(heard.over);
+        times.checks = match heard.over {
+            Some(_) => watch.lap(None),
+            None => 0,
+        };
         let mut seen = Seen {
             finished: outcome.finished,
             differs: outcome.differs(&self.baseline(way).outcome, &part),
@@ -313,8 +312,10 @@ impl Worker {
         if outcome.contents_changed {
             seen.elsewhere.push("contents of a file".to_owned());
         }
-        self.look(way, fault, (since_ns, before), &mut seen)?;
-        seen.took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.look(way, fault, (since_ns, before, heard.silent), &mut seen)?;
+        times.look = watch.lap(None);
+        seen.took_ms = millis(begun.elapsed());
+        seen.times = Some(times);
         Ok(Some(seen))
     }
 
@@ -324,7 +325,7 @@ impl Worker {
     /// # Errors
     /// The VM does not do what it is asked for.
     pub fn round(&mut self, part: &Workload) -> anyhow::Result<Round> {
-        let outcome = self.work(part, self.isolated.limit(part))?;
+        let outcome = self.work(part, self.isolated.limits(part, Way::Stays).all)?;
         Ok(Round {
             finished: outcome.finished,
             works: outcome.works,
@@ -391,6 +392,28 @@ impl Worker {
         Ok(part.read_output(&output))
     }
 
+    /// The same with a fault, and what it said when. The checks behind the work are not waited for
+    /// where nobody has come to the fault.
+    fn work_with(&mut self, way: Way, fault: &Fault, part: &Workload) -> (Outcome, Heard) {
+        let script = part.script(INTERFACE, GATEWAY);
+        let limits = self.baseline(way).limits(part, way);
+        let (control, driver) = (&mut self.control, &self.workload.driver);
+        let mut may_be_reached = || {
+            way != Way::Native
+                || matches!(fault, Fault::Edge(..))
+                || faults(control, driver)
+                    .ok()
+                    .and_then(|faults| faults.own_text)
+                    .is_none_or(|fault| !fault.tells || fault.reached_ns.is_some())
+        };
+        let (guest, heard) = (&mut self.guest, self.heard);
+        let heard = listen(guest, heard, script, &limits, &mut may_be_reached);
+        let mut outcome = part.read_output(&heard.output);
+        outcome.finished |= heard.cut;
+        tracing::debug!("{outcome:?}");
+        (outcome, heard)
+    }
+
     fn mark(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
         self.control.ask(&Request::Mark {
@@ -401,9 +424,10 @@ impl Worker {
 
     fn rewind(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
-        self.control.ask(&Request::Rewind {
+        let rewound = self.control.ask(&Request::Rewind {
             name: Some(name.to_owned()),
         })?;
+        tracing::debug!("{rewound:?}");
         // What was said before is of a run that is over, and campaigns have many.
         self.heard = self.guest.cut_console();
         Ok(())

@@ -1,6 +1,7 @@
 //! `campaign`: faults by the thousand, and what became of each.
 
 mod alarms;
+mod document;
 mod figures;
 mod stream;
 
@@ -71,8 +72,14 @@ enum CampaignCommand {
         #[arg(long, value_name = "FOLDER")]
         plots: Option<PathBuf>,
         /// As JSON
-        #[arg(long)]
+        #[arg(long, conflicts_with_all = ["markdown", "reasons"])]
         json: bool,
+        /// What became of the faults that harm natively, as a table for a document
+        #[arg(long, conflicts_with = "reasons")]
+        markdown: bool,
+        /// Each run that was not recovered from, and why, as a table for a document
+        #[arg(long)]
+        reasons: bool,
     },
     /// Make one trial of a campaign's file again, alone, and show all that was seen then and now
     Replay {
@@ -224,12 +231,23 @@ impl CampaignArgs {
                 let _together = Together::begin(self.run.told.stream)?;
                 self.run.run()
             }
-            Some(CampaignCommand::Show { file, plots, json }) => {
-                let summary = Summary::of(&campaign::read(&file, Elsewhere::Followed)?.records);
+            Some(CampaignCommand::Show {
+                file,
+                plots,
+                json,
+                markdown,
+                reasons,
+            }) => {
+                let records = campaign::read(&file, Elsewhere::Followed)?.records;
+                let summary = Summary::of(&records);
                 if let Some(folder) = plots {
                     report::campaign::write(&summary, &folder)?;
                 }
-                show(&summary, json)?;
+                match (markdown, reasons) {
+                    (true, _) => print_bytes(document::harm(&summary).as_bytes())?,
+                    (_, true) => print_bytes(document::reasons(&records).as_bytes())?,
+                    _ => show(&summary, json)?,
+                }
                 Ok(Ending::SUCCESS)
             }
             Some(CampaignCommand::Replay {
@@ -322,12 +340,14 @@ impl RunArgs {
             return Ok(Ending::SUCCESS);
         }
         let seconds = done.took.as_secs_f64();
+        let all_ms = done.took.saturating_mul(self.jobs).as_millis();
+        let all_ms = u64::try_from(all_ms).unwrap_or(u64::MAX);
         if done.made > 0 {
             eprintln!(
-                "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside of them",
+                "campaign: {} in {seconds:.0} s, {:.1} a minute, {:.0} % of the time outside the guest's work",
                 counted(done.made.into(), "trial", "trials"),
                 f64::from(done.made) * 60.0 / seconds,
-                100.0 - done.in_runs.as_secs_f64() * 100.0 / seconds / f64::from(self.jobs)
+                100.0 * done.pace.outside(all_ms)
             );
         }
         show(&done.summary, self.json)?;

@@ -148,12 +148,29 @@ impl Isolation {
         &self,
         module: &str,
         function: &str,
-        change: impl FnOnce(u64) -> TextChange,
+        change: impl Fn(u64) -> TextChange,
     ) -> anyhow::Result<()> {
-        self.with_loaded(module, |isolator, module| {
+        let put = |isolator: &Isolator, module: LoadedModule<'_>| {
             let start = isolator.function_text(module, function)?.start;
             isolator.set_text_fault(module, change(start))
-        })
+        };
+        // What was known of the module is still so where the code there is what the change says, as
+        // it is after a rewind. The guest's agent is not asked for all of its modules then.
+        if let Some(known) = self.knowledge.last()
+            && let Some(sections) = known.sections_of(module)
+        {
+            let loaded = LoadedModule {
+                name: module,
+                sections,
+                symbols: &known.symbols,
+            };
+            let done = put(&self.isolator, loaded);
+            known.cool();
+            if done.is_ok() {
+                return Ok(());
+            }
+        }
+        self.with_loaded(module, put)
     }
 
     fn with_loaded<T>(

@@ -38,6 +38,13 @@ pub struct Known {
 }
 
 impl Known {
+    /// The sections of `module` and where they were, if it is what this is about.
+    pub fn sections_of(&self, module: &str) -> Option<&[(String, u64)]> {
+        let mut loaded = self.loaded.iter().filter(|_| self.module == module);
+        let own = loaded.find(|loaded| loaded.name == module)?;
+        Some(&own.sections)
+    }
+
     /// Gives up the memory of what was looked at.
     pub fn cool(&self) {
         self.symbols.cool();

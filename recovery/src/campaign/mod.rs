@@ -8,8 +8,10 @@
 
 pub mod kind;
 pub mod plan;
+pub mod reason;
 pub mod record;
 pub mod summary;
+pub mod times;
 pub mod verdict;
 pub mod workload;
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Way;
 use super::plan::Trial;
-use super::verdict::{Seen, Verdict, verdict};
+use super::verdict::{Seen, Verdict, is_zero, verdict};
 use super::workload::{Steps, Workload, WorkloadError};
 
 /// Of what this program writes.
@@ -76,6 +76,10 @@ pub struct Record {
     pub steps: Vec<String>,
     /// Its runs.
     pub runs: BTreeMap<Way, Run>,
+    /// How long it took, in milliseconds, with further VMs that it needed; 0 where that is not
+    /// known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub took_ms: u64,
 }
 
 /// Why a campaign's file cannot be gone on with.
@@ -263,6 +267,7 @@ pub(crate) mod tests {
             says: "left out".to_owned(),
             steps: Vec::new(),
             runs: verdicts.iter().map(run).collect(),
+            took_ms: 0,
         }
     }
 

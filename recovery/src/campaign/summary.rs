@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Way;
 use super::record::Record;
+use super::times::Pace;
 use super::verdict::Verdict;
 
 /// How often each verdict came.
@@ -44,6 +45,9 @@ pub struct Summary {
     /// Trials that have to be looked at: not recovered, not noticed although they are harm
     /// natively, escaped.
     pub to_look_at: BTreeMap<Verdict, Vec<u32>>,
+    /// How fast they were made.
+    #[serde(default)]
+    pub pace: Pace,
 }
 
 impl Summary {
@@ -59,6 +63,7 @@ impl Summary {
     /// Adds a trial.
     pub fn add(&mut self, record: &Record) {
         self.trials += 1;
+        self.pace.add(record);
         let native = record.runs.get(&Way::Native).map(|run| run.verdict);
         let is_harm = native.is_some_and(Verdict::is_harm);
         let kind = self
@@ -89,12 +94,7 @@ impl Summary {
                 let counts = self.of_harm.entry(*way).or_default();
                 *counts.entry(run.verdict).or_default() += 1;
             }
-            let is_bad = match run.verdict {
-                Verdict::Escaped | Verdict::DetectedNotRecovered => true,
-                Verdict::Undetected => is_harm,
-                _ => false,
-            };
-            if is_bad {
+            if run.verdict.is_bad(native) {
                 let look_at = self.to_look_at.entry(run.verdict).or_default();
                 if look_at.last() != Some(&record.trial.number) {
                     look_at.push(record.trial.number);

@@ -21,6 +21,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Way;
+use super::times::Times;
 
 /// What was seen of one run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,7 @@ pub struct Seen {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub log: Vec<String>,
     /// Packets or bytes that arrived otherwise than they were sent.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub corrupted: u64,
     /// What was changed that the driver has no business with.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -46,10 +48,10 @@ pub struct Seen {
     /// Whether the device worked at the end.
     pub works: bool,
     /// Isolated: calls that were taken back.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub taken_back: u64,
     /// Isolated: rungs of the ladder above taking calls back that were climbed.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub rungs: u64,
     /// Isolated: why the driver is not run or not isolated any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,6 +61,14 @@ pub struct Seen {
     pub violation: Option<Detected>,
     /// How long the run took, in milliseconds.
     pub took_ms: u64,
+    /// And what of it; `None` in files from before that was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times: Option<Times>,
+}
+
+/// What is as usual is left out of files that have thousands of it.
+pub(super) fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The first call of a run that was taken back.
@@ -132,6 +142,15 @@ impl Verdict {
             Self::DetectedNotRecovered => "detected, not recovered",
             Self::Undetected => "undetected",
             Self::Escaped => "escaped",
+        }
+    }
+
+    /// Whether an isolated run that ended so is to be looked at, where it ended `native`ly so.
+    pub fn is_bad(self, native: Option<Self>) -> bool {
+        match self {
+            Self::Escaped | Self::DetectedNotRecovered => true,
+            Self::Undetected => native.is_some_and(Self::is_harm),
+            _ => false,
         }
     }
 
@@ -224,6 +243,16 @@ pub fn is_bad(line: &str) -> bool {
 /// Whether a line of the kernel's log says that memory was changed in which nobody has business.
 pub fn is_damage(line: &str) -> bool {
     has(line, DAMAGED)
+}
+
+/// Whether a line of the kernel's log says that it crashed.
+pub fn is_crash(line: &str) -> bool {
+    has(line, CRASHED)
+}
+
+/// Whether a line of the kernel's log says that a processor stands still.
+pub fn is_stall(line: &str) -> bool {
+    has(line, HUNG)
 }
 
 fn has(line: &str, words: &[&str]) -> bool {

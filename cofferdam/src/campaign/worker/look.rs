@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use isolation::domain::transaction::AbortPhases;
 use recovery::campaign::Way;
-use recovery::campaign::verdict::{Detected, Seen, is_bad, is_damage};
+use recovery::campaign::verdict::{Detected, Seen, is_bad, is_damage, is_stall};
 use recovery::ladder::State;
 use serde::Deserialize;
 
 use super::{Fault, Worker};
 use crate::bench::network::{GATEWAY, INTERFACE};
 use crate::campaign::patience::has_panicked;
+use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultsState, Reply, Request};
 
 /// How long an agent that lives takes to answer at most.
@@ -50,15 +51,21 @@ impl Worker {
         &mut self,
         way: Way,
         fault: &Fault,
-        (since_ns, before): (u64, Counters),
+        (since_ns, before, silent): (u64, Counters, bool),
         seen: &mut Seen,
     ) -> anyhow::Result<()> {
         // The ladder asks the agent itself.
         self.guest.agent().disconnect();
         self.wait_for_ladder()?;
-        let panicked = has_panicked(&self.guest.console_from(self.heard));
-        seen.answers = !panicked && self.guest.agent().hello(ANSWER_TIME).is_ok();
-        let faults = self.faults()?;
+        let console = self.guest.console_from(self.heard);
+        let is_over = has_panicked(&console) || console.lines().any(is_stall);
+        let limit = match silent && way == Way::Native {
+            // It was asked for as long already.
+            true => ANSWER_TIME / 2,
+            false => ANSWER_TIME,
+        };
+        seen.answers = !is_over && self.guest.agent().hello(limit).is_ok();
+        let faults = faults(&mut self.control, &self.workload.driver)?;
         let reached_ns = faults.calls.and_then(|count| count.reached_ns);
         let reached = match (fault, way) {
             (Fault::Edge(..), _) => {
@@ -177,14 +184,15 @@ impl Worker {
             std::thread::sleep(POLL);
         }
     }
+}
 
-    fn faults(&mut self) -> anyhow::Result<FaultsState> {
-        let request = Request::Faults {
-            module: self.workload.driver.clone(),
-        };
-        match self.control.ask(&request)? {
-            Reply::Faults(faults) => Ok(faults),
-            other => bail!("the VM answered something else: {other:?}"),
-        }
+/// What has become of the faults in this driver.
+pub(super) fn faults(control: &mut ControlClient, driver: &str) -> anyhow::Result<FaultsState> {
+    let request = Request::Faults {
+        module: driver.to_owned(),
+    };
+    match control.ask(&request)? {
+        Reply::Faults(faults) => Ok(faults),
+        other => bail!("the VM answered something else: {other:?}"),
     }
 }

@@ -5,11 +5,13 @@ use std::collections::BTreeMap;
 use comfy_table::Table;
 use recovery::campaign::Way;
 use recovery::campaign::summary::{Counts, Summary, total};
+use recovery::campaign::times::Pace;
 use recovery::campaign::verdict::Verdict;
 
 use crate::cli::{print_bytes, print_json};
 use crate::report::{self, Stat};
 use crate::table::{number, table};
+use crate::words::counted;
 
 /// Prints them.
 pub(super) fn show(summary: &Summary, json: bool) -> anyhow::Result<()> {
@@ -22,6 +24,7 @@ pub(super) fn show(summary: &Summary, json: bool) -> anyhow::Result<()> {
 /// Its figures, for people.
 pub(in crate::cli) fn text(summary: &Summary) -> String {
     let mut text = report::campaign::headline(summary);
+    text.push_str(&pace(&summary.pace));
     text.push_str(&format!("\n{}\n", verdicts("how it ended", &summary.ways)));
     if !summary.of_harm.is_empty() {
         let harm = verdicts("of those that harm natively", &summary.of_harm);
@@ -70,6 +73,29 @@ pub(in crate::cli) fn text(summary: &Summary) -> String {
         ));
     }
     text
+}
+
+/// How fast the trials were made, and where their time went; nothing where that is not known.
+fn pace(pace: &Pace) -> String {
+    let Some(a_minute) = pace.a_minute() else {
+        return String::new();
+    };
+    let share = |ms: u64| 100.0 * ms as f64 / pace.took_ms as f64;
+    let all: Vec<_> = pace.times.phases().into();
+    let others = all.iter().filter(|(phase, _)| *phase != "work");
+    let others: Vec<_> = others
+        .map(|(phase, ms)| format!("{phase} {:.0}", share(*ms)))
+        .collect();
+    let runs = all
+        .iter()
+        .fold(0, |sum: u64, (_, ms)| sum.saturating_add(*ms));
+    format!(
+        "{} of known time: {a_minute:.1} a minute of one VM; {:.0} % of the time outside the guest's work ({}, between runs {:.0})\n",
+        counted(pace.trials.into(), "trial", "trials"),
+        100.0 * pace.outside(pace.took_ms),
+        others.join(", "),
+        share(pace.took_ms.saturating_sub(runs)),
+    )
 }
 
 /// How soon faults were detected, and how long it took to take calls back.
@@ -123,6 +149,26 @@ fn verdicts(head: &str, ways: &BTreeMap<Way, Counts>) -> Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_pace_is_told_where_it_is_known() {
+        let mut known = Pace::default();
+        assert_eq!(pace(&known), "");
+        known.trials = 30;
+        known.took_ms = 60_000;
+        known.times.work = 45_000;
+        known.times.rewind = 6_000;
+        let text = pace(&known);
+        assert!(
+            text.starts_with("30 trials of known time: 30.0 a minute"),
+            "{text}"
+        );
+        assert!(text.contains("25 % of the time outside"), "{text}");
+        assert!(
+            text.contains("rewind 10,") && text.contains("between runs 15"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn figures_begin_with_what_matters() {

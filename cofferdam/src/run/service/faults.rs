@@ -92,8 +92,8 @@ impl VmService {
         self.guest_runs()?;
         let change = |start: u64| TextChange {
             at: start.wrapping_add(code.offset),
-            old: code.old,
-            new: code.new,
+            old: code.old.clone(),
+            new: code.new.clone(),
         };
         let guest = self.supervisor.guest();
         let put = guest.set_text_fault(module, &code.function, change);

@@ -35,7 +35,7 @@ const MAX_NAME: usize = 64;
 const CONTENTS: &str = "/tmp/campaign-contents";
 
 /// How long each kind of traffic runs, and how long it waits for what does not come, in seconds.
-const TRAFFIC_SECONDS: &str = "0.2 3";
+const TRAFFIC_SECONDS: &str = "0.03 1.5";
 
 /// Word in front of a line of the script's that says how a step ended.
 const STEP: &str = "step:";
@@ -55,6 +55,17 @@ pub const CHECKS: &[&str] = &[
     "oops=panic",
     "panic=0",
     "loglevel=5",
+];
+
+/// What makes trials alike, and faster: programs are at the same addresses at each start, and a host
+/// that emulates its processor keeps what it has translated of them by their addresses.
+const ALIKE: &str = "norandmaps";
+
+/// What says when a processor has stood still for too long, and how long that may be while nothing
+/// is isolated, in seconds; of the first it is half of the time. An isolated call may take as long.
+const WATCHES: [(&str, u32); 2] = [
+    ("/proc/sys/kernel/watchdog_thresh", 2),
+    ("/sys/module/rcupdate/parameters/rcu_cpu_stall_timeout", 5),
 ];
 
 /// What a guest does.
@@ -351,6 +362,14 @@ impl Workload {
     }
 }
 
+/// Whether the output of a script says that the steps are done, and whether the device works: what
+/// comes behind that are the checks.
+pub fn is_over(output: &str) -> bool {
+    let said = output.lines().filter_map(|line| line.strip_prefix(STEP));
+    let mut steps = said.filter_map(|line| line.split_once(' '));
+    steps.any(|(_, step)| step == OWN_STEPS[0])
+}
+
 /// Reads a file of data; what is wrong in it with its line.
 pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, WorkloadError> {
     toml::from_str(text).map_err(|error| {
@@ -363,6 +382,24 @@ pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, Wor
     })
 }
 
+/// Has the guest's kernel say sooner that a processor stands still, where it can be told to
+/// (Documentation/admin-guide/lockup-watchdogs.rst, kernel-parameters.txt): it is at work alone.
+pub fn watch_closely() -> String {
+    let all = WATCHES.map(|(file, seconds)| {
+        format!(
+            "F={file} K=/tmp/${{F##*/}}; [ -w $F ] && cat $F >$K && echo {seconds} >$F || rm -f $K"
+        )
+    });
+    all.join("\n") + "\n:\n"
+}
+
+/// Takes that back.
+pub fn watch_as_usual() -> String {
+    let all = WATCHES
+        .map(|(file, _)| format!("F={file} K=/tmp/${{F##*/}}; [ -e $K ] && cat $K >$F; rm -f $K"));
+    all.join("\n") + "\n:\n"
+}
+
 /// The script that makes the file whose contents nobody has business with.
 pub fn preparation() -> String {
     format!(
@@ -370,9 +407,10 @@ pub fn preparation() -> String {
     )
 }
 
-/// The options of `run` that have the guest's kernel check itself.
+/// The options of `run` that have the guest's kernel check itself, each time in the same way.
 pub fn checks() -> String {
-    CHECKS.iter().fold(String::new(), |mut options, check| {
+    let all = CHECKS.iter().chain([&ALIKE]);
+    all.fold(String::new(), |mut options, check| {
         // Into memory.
         let _ = write!(options, " --append {check}");
         options

@@ -144,6 +144,35 @@ fn the_guest_says_how_long_each_step_took() {
 }
 
 #[test]
+fn the_kernel_says_sooner_that_it_stands_still_until_that_is_taken_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let named = |script: String| {
+        let script = script.replace(WATCHES[0].0, &path("watchdog"));
+        // This one is not there.
+        script
+            .replace(WATCHES[1].0, &path("none"))
+            .replace("K=/tmp/", &format!("K={}", path("kept-")))
+    };
+    let run = |script: String| {
+        let status = Command::new("sh").args(["-c", &named(script)]).status();
+        assert!(status.unwrap().success());
+        std::fs::read_to_string(path("watchdog")).unwrap()
+    };
+    std::fs::write(path("watchdog"), "10\n").unwrap();
+    assert_eq!(run(watch_closely()), "2\n");
+    assert_eq!(run(watch_as_usual()), "10\n");
+    std::fs::write(path("watchdog"), "7\n").unwrap();
+    assert_eq!(
+        run(watch_as_usual()),
+        "7\n",
+        "there is nothing to take back"
+    );
+    let files = std::fs::read_dir(folder.path()).unwrap();
+    assert_eq!(files.count(), 1, "nothing else is left");
+}
+
+#[test]
 fn what_is_no_workload_is_refused_with_the_reason() {
     let refused = |text: &str| small(text).unwrap_err().to_string();
     assert!(refused("").contains("steps"));
