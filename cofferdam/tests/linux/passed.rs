@@ -23,14 +23,14 @@ use super::{
 use crate::full;
 
 /// The lab's e1000e.
-const FUNCTION: &str = "0000:00:02.0";
+pub const FUNCTION: &str = "0000:00:02.0";
 /// The lab's IOMMU itself, which is behind none.
 const WITHOUT_IOMMU: &str = "0000:00:01.0";
 /// Memory of each guest.
 const MEMORY_MIB: u32 = 256;
 pub const NAMES: [&str; 2] = ["left", "right"];
 /// What sends everything back, on TCP port 7.
-const ECHO: &str = "10.0.2.100";
+pub const ECHO: &str = "10.0.2.100";
 
 fn serve(root: &Path, words: &[&str]) -> DeviceHost {
     let words = [&["--vfio", FUNCTION], words].concat();

@@ -96,4 +96,21 @@ pub trait PciFunction: Send {
     fn restore(&mut self, _state: &Part) -> Result<(), StateError> {
         Err(StateError::Kept)
     }
+
+    /// Whether [`PciFunction::save`] gives a state of it, once it stands still.
+    fn gives_state(&self) -> bool {
+        self.save().is_ok()
+    }
+
+    /// Has a function that does something by itself do nothing until [`PciFunction::end_still`], so
+    /// that its state can be taken. Others have nothing to do here.
+    ///
+    /// # Errors
+    /// It does not stand still, or gives no state away. It is to be told to go on all the same.
+    fn begin_still(&mut self) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    /// Has it go on with the state that it has.
+    fn end_still(&mut self) {}
 }

@@ -3,6 +3,7 @@
 
 mod kills_at_steps;
 mod late;
+mod soak;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -78,8 +79,11 @@ impl Vms {
     /// The same with so much memory.
     fn boot_with(&self, host: &Host<DrivenCard>, vm: &str, mac: u8, bytes: u64) {
         let mut guest = Guest::attach_with(host, vm, mac, bytes);
+        // Whoever asks its driver for something is answered by it, or by nobody.
+        let mut all = lock(&self.all);
         guest.reset();
-        let begun = guest.info.turn;
+        // It may have been given the turn since it attached, which nobody asks a driver for then.
+        let begun = guest.identity() != [0xff; 4];
         if begun {
             guest.start();
         }
@@ -89,7 +93,19 @@ impl Vms {
             begun,
             suspended,
         };
-        lock(&self.all).insert(vm.to_owned(), vm_state);
+        all.insert(vm.to_owned(), vm_state);
+    }
+
+    /// The guest of a VM begins anew: its driver, if it finds the device.
+    fn begin_anew(&self, vm: &str) {
+        self.with(vm, |one| {
+            one.guest.reset();
+            one.begun = one.guest.identity() != [0xff; 4];
+            one.suspended = false;
+            if one.begun {
+                one.guest.start();
+            }
+        });
     }
 
     /// What a VM that was asked does, unless it has gone.

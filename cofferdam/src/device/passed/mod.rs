@@ -180,12 +180,18 @@ impl Share for PassedShare {
         self.turn.load(Ordering::Acquire)
     }
 
-    fn listener(&self, _address: Option<MacAddress>) -> Listener {
+    fn listener(&self, mut address: Option<MacAddress>) -> Listener {
         let function = self.function.clone();
         Box::new(move |event| match event {
             ServerEvent::InterruptsChanged => lock(&function).interrupts_changed(),
             ServerEvent::Gone(_) => lock(&function).client_gone(),
-            ServerEvent::Negotiated | ServerEvent::Reset | ServerEvent::Restored => {}
+            // The guest's own stores come later.
+            ServerEvent::Restored => {
+                if let Some(mac) = address.take() {
+                    lock(&function).readdress(mac.0);
+                }
+            }
+            ServerEvent::Negotiated | ServerEvent::Reset => {}
         })
     }
 

@@ -85,6 +85,13 @@ impl Description {
         Ok(())
     }
 
+    /// The registers with the station address and their values for this one, the lower half first.
+    pub fn station_stores(&self, address: [u8; 6]) -> Option<[(u32, u32); 2]> {
+        let station = self.station.as_ref()?;
+        let (low, high) = station.values(address);
+        Some([(station.low, low), (station.high, high)])
+    }
+
     /// Reads away what reading clears, such as statistics and causes of interrupts: they are of
     /// another user. Gives how many frames the device says to have lost.
     pub fn read_away(&self, registers: &mut dyn RegisterAccess) -> u64 {

@@ -19,6 +19,7 @@ use crate::pci::registers::RegisterCheckpoint;
 use crate::pci::registers::parked::{Parked, ParkedLink, Shown, Survey};
 use crate::pci::registers::switch::Running;
 use crate::pci::{BarIndex, BarRange, BarSize, PciFunction};
+use crate::state::{Part, StateError};
 use crate::vfio::dma::{Batch, DmaMemory};
 use crate::vfio::error::VfioError;
 use crate::vfio::interrupts::Mode;
@@ -103,6 +104,8 @@ pub struct PassedFunction {
     pub(super) reaches_other: bool,
     /// The function may master the bus.
     pub(super) masters: bool,
+    /// Its user's state is being taken: it does not run, in whoever's turn.
+    pub(super) held: bool,
     pub(super) counters: Counters,
 }
 
@@ -141,6 +144,7 @@ impl PassedFunction {
             told_in_part: 0,
             reaches_other: false,
             masters: false,
+            held: false,
             counters: Counters::default(),
         };
         function.begin_anew()?;
@@ -169,13 +173,6 @@ impl PassedFunction {
         self.shows_link = link == ParkedLink::Stays;
         self.interrupt_parked();
         Ok(())
-    }
-
-    /// Gives its user another address: that of a NIC that was made with it.
-    pub fn set_address(&mut self, address: [u8; 6]) {
-        let survey = self.kind.survey.clone();
-        self.survey = Arc::new(survey.with_address(&self.kind.description, address));
-        self.address = address;
     }
 
     /// What was done for its user.
@@ -465,7 +462,28 @@ impl PciFunction for PassedFunction {
         }
     }
 
+    fn save(&self) -> Result<Part, StateError> {
+        self.saved_part()
+    }
+
+    fn restore(&mut self, state: &Part) -> Result<(), StateError> {
+        self.take_over(state)
+    }
+
+    fn gives_state(&self) -> bool {
+        true
+    }
+
+    fn begin_still(&mut self) -> Result<(), StateError> {
+        self.hold()
+    }
+
+    fn end_still(&mut self) {
+        self.let_go();
+    }
+
     fn reset(&mut self) {
+        self.held = false;
         self.side.reset();
         let result = match self.has_device() {
             true => self.reset_device(),

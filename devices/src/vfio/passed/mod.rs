@@ -17,6 +17,7 @@ mod function;
 pub mod hardware;
 pub mod kind;
 pub mod opened;
+mod state;
 mod steps;
 mod user_interrupts;
 mod vectors;

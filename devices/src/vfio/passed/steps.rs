@@ -232,7 +232,8 @@ impl PassedFunction {
         Ok(())
     }
 
-    /// Lets the device go on for the user, with its interrupts.
+    /// Lets the device go on for the user, with its interrupts. One whose state is being taken
+    /// stands still until that is over.
     ///
     /// # Errors
     /// The device does not hold what it is given, or the host refuses something.
@@ -241,6 +242,9 @@ impl PassedFunction {
             return Ok(());
         }
         self.direct_interrupts()?;
+        if self.held {
+            return Ok(());
+        }
         self.follow_mastering()?;
         let description = self.kind.description.clone();
         let Some(Seat::Here { hardware, stage }) = &mut self.seat else {
@@ -363,6 +367,7 @@ impl PassedFunction {
         self.side.config.set(command, &without.bits().to_le_bytes());
         self.memory = None;
         self.reaches_other = true;
+        self.held = false;
         if !self.has_device() {
             return;
         }
@@ -436,7 +441,7 @@ impl PassedFunction {
     }
 
     /// Keeps a device that is here from reading and writing memory and from interrupting.
-    fn silence_here(&mut self) {
+    pub(super) fn silence_here(&mut self) {
         self.reaches_other = true;
         self.forget_interrupts();
         if let Some(Seat::Here { hardware, .. }) = &mut self.seat {

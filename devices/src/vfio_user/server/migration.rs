@@ -3,7 +3,7 @@
 //!
 //! A function that is stopped has its bus mastering turned off, so that it reaches no memory and
 //! sends no message, and the client's accesses are refused as busy. Its state is the one before
-//! that. A state that was written is put back when the function is to run again, so that nothing of
+//! that. One that does something by itself is made to stand still first. A state that was written is put back when the function is to run again, so that nothing of
 //! it happens before.
 
 use std::sync::{MutexGuard, PoisonError};
@@ -72,7 +72,7 @@ impl Migration {
 
     /// Whether the function gives its state away at all.
     pub fn is_supported(&self) -> bool {
-        !self.is_running() || lock(&self.function).save().is_ok()
+        !self.is_running() || lock(&self.function).gives_state()
     }
 
     /// Goes to a state by way of [`DeviceState::Stop`], or gives `errno`. Says whether the function
@@ -115,10 +115,11 @@ impl Migration {
         match std::mem::replace(&mut self.phase, Phase::Error) {
             Phase::Running => {
                 let mut function = lock(&self.function);
-                let state = match function.save() {
+                let state = match function.begin_still().and_then(|()| function.save()) {
                     Ok(state) => state,
                     Err(error) => {
                         tracing::debug!(%error, "a served function gives no state");
+                        function.end_still();
                         self.phase = Phase::Running;
                         return Err(libc::EOPNOTSUPP);
                     }
@@ -155,8 +156,11 @@ impl Migration {
                 self.phase = Phase::Error;
                 return Err(libc::EINVAL);
             }
-        } else if stopped.mastered {
-            set_bus_master(&mut *function, true);
+        } else {
+            if stopped.mastered {
+                set_bus_master(&mut *function, true);
+            }
+            function.end_still();
         }
         self.phase = Phase::Running;
         Ok(stopped.replaced)

@@ -85,9 +85,18 @@ pub fn connect<C: Card>(
     vm: &str,
     mac: u8,
 ) -> anyhow::Result<(UnixStream, AttachInfo)> {
+    connect_saved(host, (vm, mac), None)
+}
+
+/// The same for one that goes on from a snapshot, with a NIC of this model.
+pub fn connect_saved<C: Card>(
+    host: &Host<C>,
+    (vm, mac): (&str, u8),
+    goes_on: Option<&str>,
+) -> anyhow::Result<(UnixStream, AttachInfo)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mac = MacAddress([2, 0, 0, 0, 0, mac]);
-    host.attach((vm.parse()?, mac), None, theirs)?;
+    host.attach((vm.parse()?, mac), goes_on, theirs)?;
     match welcome(&ours)? {
         Welcome::Ok(info) => Ok((ours, info)),
         Welcome::Wait {} => anyhow::bail!("it was waited for"),
@@ -113,7 +122,20 @@ impl Guest {
 
     /// The same with so much memory.
     pub fn attach_with<C: Card>(host: &Host<C>, vm: &str, mac: u8, bytes: u64) -> Self {
-        let (stream, info) = connect(host, vm, mac).unwrap();
+        Self::at(connect(host, vm, mac).unwrap(), mac, bytes)
+    }
+
+    /// A VM that goes on from this state of its NIC.
+    pub fn from_saved<C: Card>(host: &Host<C>, vm: &str, mac: u8, state: &[u8]) -> Self {
+        let at = connect_saved(host, (vm, mac), Some("82574L")).unwrap();
+        let mut guest = Self::at(at, mac, MEMORY);
+        guest.reset();
+        guest.give_events();
+        guest.client.restore(state).unwrap();
+        guest
+    }
+
+    fn at((stream, info): (UnixStream, AttachInfo), mac: u8, bytes: u64) -> Self {
         let offset = FileOffset::from_arc(file(bytes), 0);
         let range = (GuestAddress(0), bytes as usize, Some(offset));
         let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
@@ -144,12 +166,36 @@ impl Guest {
         guest
     }
 
-    pub fn start(&mut self) {
-        self.set_command(6);
-        let client = &mut self.client;
-        client
+    fn give_events(&mut self) {
+        self.client
             .set_irqs(MSIX, IrqAction::Trigger, &self.events)
             .unwrap();
+    }
+
+    /// Has its NIC stand still.
+    pub fn stop(&mut self) {
+        self.client.stop().unwrap();
+    }
+
+    /// Has it go on.
+    pub fn go_on(&mut self) {
+        self.client.go_on().unwrap();
+    }
+
+    /// The state of its NIC.
+    pub fn save(&mut self) -> Vec<u8> {
+        self.client.save().unwrap()
+    }
+
+    /// Puts a state in the place of that which its NIC has. Says whether it was taken.
+    pub fn restore(&mut self, state: &[u8]) -> bool {
+        self.client.restore(state).is_ok()
+    }
+
+    pub fn start(&mut self) {
+        self.set_command(6);
+        self.give_events();
+        let client = &mut self.client;
         client
             .region_write(CONFIG, CONTROL, &ENABLE.to_le_bytes())
             .unwrap();

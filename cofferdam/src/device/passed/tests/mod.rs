@@ -7,6 +7,7 @@ mod keeps;
 #[cfg(debug_assertions)]
 mod kills_at_steps;
 mod lost;
+mod saved;
 mod soak;
 
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! A function by turns under everything at once, by chance: switches, guests that come, go and are
-//! paused, resets by drivers, memory that comes and goes, steps that fail. After each of it there is
+//! A function by turns under everything at once, by chance: switches, guests that come, go, are
+//! paused and saved, resets by drivers, memory that comes and goes, steps that fail. After each of it there is
 //! one guest whose the device is, or nobody; and each guest finds its own.
 
 use std::sync::Arc;
@@ -33,6 +33,7 @@ struct Counts {
     faults: u32,
     rests: u32,
     resets: u32,
+    saves: u32,
 }
 
 struct Soak {
@@ -94,7 +95,8 @@ impl Soak {
             self.boot(index);
             return;
         };
-        match self.random.next_u32() % 16 {
+        match self.random.next_u32() % 17 {
+            16 => self.save(index),
             0..7 => self.switch(index),
             7..9 => self.rest(index),
             9..11 => self.kill(index),
@@ -175,6 +177,30 @@ impl Soak {
         });
         self.await_end(index);
         self.counts.kills_amid += 1;
+    }
+
+    /// Saved, while others may get the device; it goes on, or from what was saved of it.
+    fn save(&mut self, index: usize) {
+        let (switches, leaves) = (self.below(2) == 0, self.below(2) == 0);
+        let to = self.below(NAMES.len());
+        let guest = self.guests[index].as_mut().unwrap();
+        guest.stop();
+        if switches {
+            let _ = self.host.switch_to(&vm(to));
+        }
+        let state = guest.save();
+        match leaves {
+            false => guest.go_on(),
+            true => {
+                self.guests[index] = None;
+                self.await_end(index);
+                let mac = index as u8 + 1;
+                let guest = Guest::from_saved(&self.host, NAMES[index], mac, &state);
+                self.guests[index] = Some(guest);
+                self.away[index] = false;
+            }
+        }
+        self.counts.saves += 1;
     }
 
     /// Everybody finds its own, and the device is of whoever is given it.

@@ -26,6 +26,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(super) use self::checkpoint::FromImage;
+pub use self::checkpoint::StoredState;
 use self::interrupts::Interrupts;
 use self::phy::PhyImage;
 pub use self::survey::{Shown, Survey};

@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::super::description::answers::{Answers, Nvm, Phy, PhyLink};
 use super::super::description::entries::Mdio;
 use super::super::description::{Description, PHY_REGISTERS};
@@ -31,7 +33,7 @@ pub struct Survey {
 }
 
 /// How a device shows its link just now.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shown {
     pub(super) register: u32,
     /// What registers show that something is reached through: the answer to the driver's last

@@ -2,6 +2,7 @@
 
 mod driver;
 mod histories;
+mod stored;
 
 use super::bench::*;
 use super::*;
