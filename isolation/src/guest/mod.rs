@@ -20,3 +20,4 @@ pub mod phys;
 mod slab;
 pub mod stack;
 pub mod symbols;
+pub mod timers;
