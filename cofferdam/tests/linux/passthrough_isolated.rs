@@ -225,16 +225,18 @@ mod long {
     fn called(guest: &mut Guest) -> Vec<String> {
         let entries = super::module(guest, "nvme")["entries"].clone();
         let entries = entries.as_array().cloned().unwrap_or_default();
-        let inside = entries.iter().filter(|one| one["commits"].as_u64() > Some(0));
-        inside.map(|one| one["name"].as_str().unwrap().to_owned()).collect()
+        let inside = entries
+            .iter()
+            .filter(|one| one["commits"].as_u64() > Some(0));
+        inside
+            .map(|one| one["name"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     #[test]
     #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
     fn a_driver_that_finds_its_requests_by_tags_is_isolated_and_its_faults_are_taken_back() {
-        Sysfs::default()
-            .bind(DISK.parse().unwrap(), true)
-            .unwrap();
+        Sysfs::default().bind(DISK.parse().unwrap(), true).unwrap();
         let with = format!("--nic vfio={DISK} --memory 256M");
         let mut guest = boot(&options().initrd("initrd-hardware.cpio").with(&with));
         guest.agent().load_module("nvme", "").unwrap();
@@ -250,12 +252,20 @@ mod long {
         );
         (0..3).for_each(|_| disk_works(&mut guest));
         let violations = super::module(&mut guest, "nvme")["violations"].clone();
-        assert_eq!(violations, 0, "{}", ask(&mut guest, "violations guest nvme"));
+        assert_eq!(
+            violations,
+            0,
+            "{}",
+            ask(&mut guest, "violations guest nvme")
+        );
         let called = called(&mut guest);
         assert!(called.len() >= 3, "{called:?}");
         eprintln!("{called:?}");
         for function in &called {
-            ask(&mut guest, &format!("inject guest nvme {function} --at middle"));
+            ask(
+                &mut guest,
+                &format!("inject guest nvme {function} --at middle"),
+            );
             shell(
                 &mut guest,
                 "dd if=/tmp/written of=/dev/nvme0n1 bs=32k conv=fsync 2>/dev/null; true",

@@ -143,7 +143,7 @@ impl Isolator {
             let done = write(virt, &left.stores);
             let of_them = if done { "were" } else { "could not be" };
             tracing::warn!(
-                "{name} is removed, and {} timers that it has left {of_them} taken out",
+                "{name} is removed, and timers that it has left {of_them} taken out: {}",
                 left.count
             );
         }

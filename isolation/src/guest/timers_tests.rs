@@ -28,13 +28,21 @@ fn types() -> Btf {
     let mut e = Encoder::new(None);
     let (word, half) = (e.int("u64", 8, 0), e.int("u32", 4, 0));
     let links = e.structure("hlist_node", 16, &[("next", word, 0), ("pprev", word, 8)]);
-    let timer = [("entry", links, 0), ("expires", word, 16), ("function", word, 24)];
+    let timer = [
+        ("entry", links, 0),
+        ("expires", word, 16),
+        ("function", word, 24),
+    ];
     let timer = e.structure("timer_list", 40, &timer);
     let work = e.structure("work_struct", 32, &[("data", word, 0), ("func", word, 24)]);
     let delayed = [("work", work, 0), ("timer", timer, 32)];
     e.structure("delayed_work", 72, &delayed);
     let slots = e.array(word, 3);
-    let base = [("lock", half, 0), ("running_timer", word, 8), ("vectors", slots, 16)];
+    let base = [
+        ("lock", half, 0),
+        ("running_timer", word, 8),
+        ("vectors", slots, 16),
+    ];
     e.structure("timer_base", 40, &base);
     Btf::parse(&e.bytes(), None).unwrap()
 }

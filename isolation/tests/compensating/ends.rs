@@ -5,7 +5,8 @@ use super::*;
 /// The kernel functions that are called when a call fails that has done this, something that nothing
 /// takes back, and then this.
 fn ended(first: &[Do], then: &[Do]) -> Vec<(u64, u64)> {
-    let mut bench = Bench::new(&[first, &[Do::Call(FOREVER, 1), WAIT], then, &[Do::Fault]].concat());
+    let mut bench =
+        Bench::new(&[first, &[Do::Call(FOREVER, 1), WAIT], then, &[Do::Fault]].concat());
     let end = bench.run();
     assert_eq!(
         *published(&end),
@@ -30,7 +31,10 @@ fn what_is_about_an_object_on_its_stack_is_taken_back_and_what_is_about_its_call
     let bench = Bench::new(&[]);
     let return_address = bench.guest.entry_regs().rsp;
     let about = |object: u64| ended(&[Do::Call(SWITCH_ON, object)], &[]);
-    assert_eq!(about(return_address - 0x40), [(SWITCH_OFF, return_address - 0x40)]);
+    assert_eq!(
+        about(return_address - 0x40),
+        [(SWITCH_OFF, return_address - 0x40)]
+    );
     assert_eq!(about(return_address + 8), []);
     assert_eq!(about(DRIVER_DATA), []);
 }
