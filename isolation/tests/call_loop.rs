@@ -106,6 +106,23 @@ fn run(guest: &Guest, regs: &kvm_regs) -> (u16, kvm_regs) {
 }
 
 #[test]
+fn a_row_of_returns_leads_over_what_is_on_a_stack() {
+    let guest = guest();
+    let call_loop = CallLoop::place(&layout(&guest), &virt(&guest)).unwrap();
+    let top = STACK_TOP - 0x80;
+    for slot in (top - 0x100..top).step_by(8) {
+        guest.write(slot, call_loop.returns());
+    }
+    guest.write(top, GATE);
+    let regs = kvm_regs {
+        rip: call_loop.returns(),
+        ..caller(top - 0x100)
+    };
+    let (port, after) = run(&guest, &regs);
+    assert_eq!((port, after.rsp), (0xe1, top + 8));
+}
+
+#[test]
 fn each_function_is_called_once_and_in_order_and_the_caller_finds_its_registers() {
     let guest = guest();
     let call_loop = CallLoop::place(&layout(&guest), &virt(&guest)).unwrap();

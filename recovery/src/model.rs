@@ -142,6 +142,18 @@ pub enum Required {
     Listed(String, String, String),
 }
 
+/// A function that begins or ends what is over before the call is: a lock that is held, a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pair {
+    /// It begins it.
+    Begins,
+    /// It begins it, or goes on with it.
+    GoesOn,
+    /// It ends it, and does nothing else.
+    Ends,
+}
+
 /// What one function does that outlasts a call.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Effect {
@@ -163,6 +175,8 @@ pub struct Effect {
     pub changes: Option<Changed>,
     /// What it keeps of what it is given.
     pub keeps: Vec<Keeps>,
+    /// What it begins, or ends, that is over before the call is.
+    pub pair: Option<Pair>,
 }
 
 /// What is known of a symbol.

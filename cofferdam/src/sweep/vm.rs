@@ -38,6 +38,10 @@ const FIRST_TIME: Duration = Duration::from_secs(120);
 const TIMES: u32 = 10;
 const LONGER: Duration = Duration::from_secs(60);
 
+/// How long a call may take, in microseconds: nothing here is to hang, and a lab beside others is
+/// slow.
+const BUDGET_US: u64 = 10_000_000;
+
 /// How long an agent that lives takes to answer at most.
 const ANSWER_TIME: Duration = Duration::from_secs(20);
 
@@ -255,7 +259,7 @@ impl Vm {
         let reply = self.control.ask(&Request::Isolate {
             module: loaded_name(&work.driver),
             entries: Wanted::All,
-            budget_us: None,
+            budget_us: Some(BUDGET_US),
             device_checkpoint: CheckpointBy::Exact,
             recovery: LadderConfig::default(),
             spilling: Spilling::default(),

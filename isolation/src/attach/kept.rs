@@ -21,6 +21,7 @@ use vmm::Kept;
 
 use super::Isolator;
 use super::clean::CleanBytes;
+use super::leaving::AllLeaving;
 use super::removal::RemovalWatch;
 use super::text_fault::TextFault;
 use crate::compensation::call_loop::CallLoop;
@@ -33,6 +34,7 @@ use crate::policy::call::KeptPolicy;
 #[derive(Default)]
 struct KeptIsolation {
     watch: Option<RemovalWatch>,
+    leaving: AllLeaving,
     text_fault: Option<TextFault>,
     modules: HashMap<String, KeptModule>,
 }
@@ -107,6 +109,7 @@ impl Isolator {
         let modules = self.modules();
         let kept = KeptIsolation {
             watch: *self.watch(),
+            leaving: self.leaving().clone(),
             text_fault: self.text_fault().clone(),
             modules: modules
                 .iter()
@@ -148,6 +151,7 @@ impl Isolator {
         }
         drop(shelf);
         *self.watch() = kept.watch;
+        self.leaving().clone_from(&kept.leaving);
         self.text_fault().clone_from(&kept.text_fault);
         *self.suspending() = None;
         self.drop_unwanted();

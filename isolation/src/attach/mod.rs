@@ -16,6 +16,7 @@ mod isolate;
 mod kept;
 pub mod kernel_functions;
 pub mod kernel_image;
+mod leaving;
 pub(crate) mod live;
 mod made_domain;
 pub mod plan;
@@ -34,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use devices::dma::GuestMemory;
-use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
+use kvm_bindings::CpuId;
 
 use vmm::{Refused, VmHandle, VmState};
 
@@ -46,10 +47,11 @@ use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
 use crate::fault_image::FaultImageError;
 use crate::guest::modules::ModuleError;
-use crate::guest::paging::{AddressSpace, VirtError, VirtMemory};
+use crate::guest::paging::VirtError;
 use crate::status::ModuleStatus;
 use crate::status::report::ViolationReport;
 use crate::suspend_resume::{SuspendError, SuspendResume};
+use leaving::AllLeaving;
 use plan::PlanError;
 use removal::RemovalWatch;
 use text_fault::TextFault;
@@ -163,8 +165,11 @@ pub struct Isolator {
     /// Modules that are not isolated any more, and were at a mark of the machine that may be
     /// rewound to. Taken while `modules` is.
     shelf: Mutex<Vec<Armed>>,
-    /// In place as long as there are modules. Taken while `modules` is.
+    /// In place as long as there are modules, or any of which something stays. Taken while
+    /// `modules` is.
     watch: Mutex<Option<RemovalWatch>>,
+    /// Modules that may be removed with something of theirs left. Taken while `modules` is.
+    leaving: Mutex<AllLeaving>,
     /// Functions of a driver that are being called in the guest. Taken last.
     pub(crate) suspending: Mutex<Option<SuspendResume>>,
     /// A fault in the guest's own text. Taken last.
@@ -183,6 +188,7 @@ impl Isolator {
             modules: Mutex::new(HashMap::new()),
             shelf: Mutex::default(),
             watch: Mutex::new(None),
+            leaving: Mutex::default(),
             suspending: Mutex::new(None),
             text_fault: Mutex::new(None),
         });
@@ -208,6 +214,7 @@ impl Isolator {
                 let space = space.map(|(_, space)| space);
                 let returning = armed.disarm(&memory, space);
                 turn_vcpus(&returning, vcpus);
+                self.leaves(module, &armed);
                 self.unwatch_if_idle(&memory);
                 Ok(Some(armed))
             })?;
@@ -393,44 +400,11 @@ impl Isolator {
     /// Takes the gate of the watch out when nothing is isolated any more.
     fn unwatch_if_idle(&self, memory: &GuestMemory) {
         if self.modules().is_empty()
+            && self.leaving().is_empty()
             && let Some(watch) = self.watch().take()
         {
             watch.clear(memory);
         }
-    }
-
-    /// The guest frees the module whose `struct module` is the first argument: it is not isolated
-    /// any more.
-    pub(crate) fn module_freed(&self, watch: RemovalWatch, regs: &kvm_regs, sregs: &kvm_sregs) {
-        let memory = self.vm.ram().memory().clone();
-        {
-            let mut modules = self.modules();
-            // All isolated modules are the same guest's, on the same processor.
-            let Some(physical_bits) = modules
-                .values()
-                .next()
-                .map(|armed| armed.guest.physical_bits)
-            else {
-                return;
-            };
-            let space =
-                AddressSpace::from_registers(sregs.cr3, sregs.cr4, sregs.efer, physical_bits);
-            let virt = VirtMemory {
-                space,
-                memory: &*memory,
-            };
-            let name = watch.name(&virt, regs.rdi);
-            let Some(mut armed) = name.as_ref().and_then(|name| modules.remove(name)) else {
-                return;
-            };
-            armed.disarm(&memory, Some(space));
-            self.put_away(armed);
-            tracing::info!(
-                "module {} was removed and is not isolated any more",
-                name.unwrap_or_default()
-            );
-        }
-        self.unwatch_if_idle(&memory);
     }
 
     pub(crate) fn watch(&self) -> MutexGuard<'_, Option<RemovalWatch>> {
@@ -445,6 +419,7 @@ impl Isolator {
             self.put_away(armed);
         }
         *self.watch() = None;
+        self.leaving().clear();
         *self.suspending() = None;
         *self.text_fault() = None;
     }

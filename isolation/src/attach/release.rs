@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use devices::dma::GuestMemory;
 use kvm_bindings::kvm_regs;
 
-use crate::compensation::guest_calls::write_stack;
 use crate::dispatch::armed::{Armed, OpenCall, RETURN_GATE_OFFSET};
 use crate::dispatch::returning::Returning;
 use crate::guest::gate::{OUT_BYTES, clear_gate};
@@ -46,7 +45,8 @@ impl Armed {
             }
         }
         // A thread of theirs may be in the loop.
-        if let Some(call_loop) = self.open.call_loop.take()
+        let call_loop = self.open.call_loop.take();
+        if let Some(call_loop) = call_loop
             && self.open.guest_calls.is_empty()
             && !self.open.loop_stays
         {
@@ -55,9 +55,8 @@ impl Armed {
         for (_, mut calling) in std::mem::take(&mut self.open.guest_calls) {
             self.perform_later(&calling.take_later());
             tracing::warn!("a call of the module is given up before all was done for it");
-            let slot = calling.finally.rsp.wrapping_sub(8);
             if let Some(space) = space {
-                write_stack(VirtMemory { space, memory }, slot, calling.finally.rip);
+                calling.returns_by_itself(call_loop, VirtMemory { space, memory });
             }
         }
         self.let_device_go();

@@ -10,6 +10,7 @@ use crate::guest::gate::{self, GATE_BYTES};
 use crate::guest::gate::{GATE, clear_gate};
 use crate::guest::paging::VirtMemory;
 use crate::guest::symbols::SymbolTable;
+use crate::guest::timers::TimerWheels;
 
 /// The kernel's function that frees a module, with a `struct module *` as its argument
 /// (kernel/module/main.c).
@@ -25,6 +26,7 @@ pub(crate) struct RemovalWatch {
     gpa: u64,
     /// Offset of the name in `struct module`.
     name: u64,
+    wheels: Option<TimerWheels>,
 }
 
 /// Where the gate will go.
@@ -32,6 +34,7 @@ pub(crate) struct RemovalWatch {
 pub(crate) struct PlannedWatch {
     function: Gva,
     name: u64,
+    wheels: Option<TimerWheels>,
 }
 
 impl RemovalWatch {
@@ -42,12 +45,17 @@ impl RemovalWatch {
         Some(PlannedWatch {
             name: u64::from(types.find_member(module, "name")?.bit_offset / 8),
             function: symbols.kernel_symbol(FREE_MODULE)?.at,
+            wheels: TimerWheels::find(types, symbols),
         })
     }
 
     /// Puts the gate there. `None` if it cannot be gated.
     pub fn set(planned: PlannedWatch, virt: &VirtMemory<'_, GuestMemory>) -> Option<Self> {
-        let PlannedWatch { function, name } = planned;
+        let PlannedWatch {
+            function,
+            name,
+            wheels,
+        } = planned;
         let (gate, gpa) = gate::of_kernel_function(function, virt)?;
         let gates = GATE.bytes();
         virt.memory.write_slice(&gates, GuestAddress(gpa)).ok()?;
@@ -55,7 +63,13 @@ impl RemovalWatch {
             gate: gate.0,
             gpa,
             name,
+            wheels,
         })
+    }
+
+    /// Where the kernel keeps its timers, if that is known.
+    pub fn wheels(self) -> Option<TimerWheels> {
+        self.wheels
     }
 
     /// Guest physical address of the gate.

@@ -62,11 +62,9 @@ impl Isolator {
         let watch = *self.watch();
         if let Some(watch) = watch.filter(|watch| !standing.returning && watch.gate == standing.at)
         {
-            self.module_freed(watch, regs, sregs);
-            return Some(kvm_regs {
-                rip: watch.body(),
-                ..*regs
-            });
+            let is_done = self.module_freed(watch, regs, sregs);
+            let rip = if is_done { watch.body() } else { watch.gate };
+            return Some(kvm_regs { rip, ..*regs });
         }
         self.suspend_step(standing.at, regs, sregs)
             .or_else(|| self.text_fault_reached(standing.at, regs))

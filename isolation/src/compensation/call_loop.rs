@@ -87,6 +87,9 @@ const OFF: u64 = 57;
 /// Function in it that switches them on.
 const ON: u64 = 59;
 
+/// Return in it.
+const RETURN: u64 = 60;
+
 /// The loop of a module.
 #[derive(Debug, Clone, Copy)]
 pub struct CallLoop {
@@ -138,6 +141,11 @@ impl CallLoop {
                 self.gpa.0
             );
         }
+    }
+
+    /// Guest virtual address of a return instruction in it.
+    pub fn returns(self) -> u64 {
+        self.at.0.wrapping_add(RETURN)
     }
 
     /// Where it is, and what was there before it.

@@ -2,7 +2,7 @@
 //! says it; and what becomes of that with a guest's symbols and types.
 
 use crate::domain::effects::{
-    Effect, KeptArgument, KernelEffects, Opposite, OppositeArgument, Place, Required, Success,
+    Effect, KeptArgument, KernelEffects, Opposite, OppositeArgument, Pair, Place, Required, Success,
 };
 use crate::guest::btf::{Btf, Function, Kind, TypeId};
 use crate::guest::symbols::SymbolTable;
@@ -34,6 +34,8 @@ pub struct FunctionModel {
     pub changes: Option<MemberOf>,
     /// What it keeps of what it is given.
     pub keeps: Vec<KeptModel>,
+    /// What it begins, or ends, that is over before the call is.
+    pub pair: Option<Pair>,
 }
 
 /// Something that a function keeps, and what it has to be.
@@ -152,6 +154,7 @@ impl FunctionModel {
             deferred: self.deferred,
             success: function.map_or(Success::Always, |function| success(types, &function)),
             changes: self.changes.as_ref().and_then(place),
+            pair: self.pair,
         }
     }
 }
@@ -229,6 +232,14 @@ fn success(types: &Btf, function: &Function<'_>) -> Success {
                 ..
             },
         )) => Success::NotNegative,
+        Some((
+            _,
+            Kind::Int {
+                signed: true,
+                bytes: 8,
+                ..
+            },
+        )) => Success::NotNegativeLong,
         Some((_, Kind::Int { bytes: 8, .. })) => Success::NotAllOnes,
         _ => Success::Always,
     }
@@ -308,6 +319,7 @@ mod tests {
                         },
                     ],
                     deferred: false,
+                    pair: None,
                 },
                 FunctionModel {
                     name: "get".into(),

@@ -8,8 +8,9 @@
 //! As many as fit on the stack are called in one go ([`CallLoop`]).
 //!
 //! The stack below the caller's frame is free, so each function is entered as if the caller had
-//! called it, with the return gate as its return address. They may sleep: the thread comes back
-//! through the gate whenever it does.
+//! called it, with the return gate as its return address. What takes a failed call back may be about
+//! objects in that call's own frames (an entry in a queue of who waits): then it is entered below
+//! these. They may sleep: the thread comes back through the gate whenever it does.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -56,6 +57,8 @@ pub(crate) struct GuestCalls {
     calls: VecDeque<KernelCall>,
     /// What the guest goes on with afterwards.
     pub finally: kvm_regs,
+    /// The stack below this is free.
+    below: u64,
     /// The call that is taken back by it; `None` if it is one that ended well, or that was given
     /// up.
     pub failure: Option<Failure>,
@@ -83,6 +86,7 @@ impl GuestCalls {
         Self {
             gate,
             calls: calls.into(),
+            below: finally.rsp,
             finally,
             failure,
             running: None,
@@ -98,6 +102,17 @@ impl GuestCalls {
     pub fn in_its_place(mut self, later: Vec<DeviceStore>) -> Self {
         self.in_its_place = true;
         self.later = later;
+        self
+    }
+
+    /// With the failed call's frames left alone, which end at `rsp`, if any of them is about an
+    /// object there.
+    pub fn below(mut self, rsp: u64) -> Self {
+        let frames = rsp..self.finally.rsp;
+        let mut arguments = self.calls.iter().flat_map(|call| &call.arguments);
+        if arguments.any(|argument| frames.contains(argument)) {
+            self.below = rsp;
+        }
         self
     }
 
@@ -153,7 +168,34 @@ impl GuestCalls {
 
     /// Stack pointer with which the thread comes back.
     pub fn returns_with(&self) -> u64 {
-        self.finally.rsp
+        self.below
+    }
+
+    /// Has the thread go on with what it was to go on with when the function that it is in returns,
+    /// with nobody there who does that for it: over what is left of the failed call's frames by
+    /// returns of `call_loop`, which stays.
+    pub fn returns_by_itself(
+        &self,
+        call_loop: Option<CallLoop>,
+        virt: VirtMemory<'_, GuestMemory>,
+    ) {
+        let last = self.finally.rsp.wrapping_sub(8);
+        let mut written = write_stack(virt, last, self.finally.rip);
+        let mut slot = self.below.wrapping_sub(8);
+        if slot < last {
+            match call_loop {
+                Some(call_loop) => {
+                    while slot < last && written {
+                        written = write_stack(virt, slot, call_loop.returns());
+                        slot = slot.wrapping_add(8);
+                    }
+                }
+                None => written = false,
+            }
+        }
+        if !written {
+            tracing::error!("a thread that takes a call back is left at a gate that is gone");
+        }
     }
 
     /// The function that runs, if it has for too long.
@@ -192,11 +234,12 @@ impl GuestCalls {
         };
         let caller = kvm_regs {
             rflags,
+            rsp: self.below,
             ..self.finally
         };
         let function = first.function;
         if let Some(call_loop) = call_loop {
-            let top = self.finally.rsp;
+            let top = self.below;
             let stack = stack_around(virt, Gva(top.wrapping_sub(8)));
             let room = CallLoop::room(top, stack, self.reserve());
             let (rows, calls) = rows(&self.calls, call_loop, off, room);
@@ -209,7 +252,7 @@ impl GuestCalls {
                 return Some(next);
             }
         }
-        if !write_stack(virt, self.finally.rsp.wrapping_sub(8), return_gate) {
+        if !write_stack(virt, self.below.wrapping_sub(8), return_gate) {
             tracing::error!("the stack that kernel functions are to be called on is not mapped");
             self.abandoned = std::mem::take(&mut self.calls).len();
             return None;
@@ -220,7 +263,7 @@ impl GuestCalls {
         let [rdi, rsi, rdx, rcx, r8, r9] = call.arguments;
         Some(kvm_regs {
             rip: call.function,
-            rsp: self.finally.rsp.wrapping_sub(8),
+            rsp: self.below.wrapping_sub(8),
             rax: 0,
             rdi,
             rsi,

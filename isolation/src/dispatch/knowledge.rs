@@ -51,6 +51,11 @@ impl Knowledge {
         }
     }
 
+    /// The module's text, and all else that it has in memory.
+    pub fn ranges(&self) -> (&[GvaRange], &[GvaRange]) {
+        (&self.text, &self.data)
+    }
+
     /// Whether what returns to `caller` was called by the kernel for a timer.
     pub(super) fn runs_timers(&self, caller: Gva) -> bool {
         self.timers.iter().any(|function| function.contains(caller))

@@ -262,6 +262,9 @@ impl Armed {
         if in_its_place {
             calls = calls.in_its_place(later);
         }
+        if run.comes_back && calls.failure.is_some() {
+            calls = calls.below(run.at.regs.rsp);
+        }
         Some(self.run_guest_calls(calls, run.at))
     }
 

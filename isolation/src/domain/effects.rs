@@ -61,6 +61,8 @@ pub enum Success {
     NotNegative,
     /// A pointer that is neither `NULL` nor an error.
     Pointer,
+    /// A 64-bit number that is not negative.
+    NotNegativeLong,
     /// Any but all ones (`DMA_MAPPING_ERROR`).
     NotAllOnes,
 }
@@ -74,10 +76,25 @@ impl Success {
             Self::Always => true,
             Self::True => result as u8 != 0,
             Self::NotNegative => (result as u32).cast_signed() >= 0,
+            Self::NotNegativeLong => result.cast_signed() >= 0,
             Self::Pointer => result != 0 && result < 0u64.wrapping_sub(ERRORS),
             Self::NotAllOnes => result != u64::MAX,
         }
     }
+}
+
+/// A function that begins or ends what is over before the call is: a lock that is held, a wait in a
+/// queue. What has begun so is ended also where something else of a failed call stays, since nobody
+/// else ends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Pair {
+    /// It begins it.
+    Begins,
+    /// It begins it, or goes on with it: with the same arguments it is not begun a second time. If it
+    /// fails, it has ended it.
+    GoesOn,
+    /// It ends it, and does nothing else.
+    Ends,
 }
 
 /// What a kernel function does that outlasts a call.
@@ -91,6 +108,8 @@ pub struct Effect {
     pub success: Success,
     /// A number that is another one afterwards if it did something.
     pub changes: Option<Place>,
+    /// What it begins, or ends, that is over before the call is.
+    pub pair: Option<Pair>,
 }
 
 /// What an argument has to be that a function keeps: it is used when the call is over, and what it
@@ -153,6 +172,8 @@ mod tests {
         assert!(!Success::NotNegative.is(enomem) && !Success::NotNegative.is(0xffff_fff4));
         // The upper bytes of a `bool` are anything.
         assert!(Success::True.is(0xff01) && !Success::True.is(0xff00));
+        assert!(Success::NotNegativeLong.is(0) && !Success::NotNegativeLong.is(enomem));
+        assert!(Success::NotNegativeLong.is(0xffff_fff4));
         assert!(Success::NotAllOnes.is(0x1000) && !Success::NotAllOnes.is(u64::MAX));
         assert!(Success::Always.is(0));
     }

@@ -11,11 +11,12 @@
 
 use serde::Serialize;
 
-use super::effects::{KernelCall, KernelEffects, OppositeArgument};
+use super::effects::{KernelCall, KernelEffects, OppositeArgument, Pair};
 use super::host_memory::Kept;
 use super::lasting::{Done, Lasting};
 use super::undo_log::{Restorable, UndoLog};
 use super::view::{Page, Pfn};
+use crate::guest::addr::{Gva, GvaRange};
 use devices::hold::DeviceState;
 
 /// Most calls of kernel functions kept for one call: a few for each descriptor of the largest
@@ -136,6 +137,8 @@ struct Settled {
     requests_changed: bool,
     /// More kernel functions were open than the one that comes back first.
     nested: bool,
+    /// Some of its calls were not kept.
+    incomplete: bool,
     stays: Option<Stays>,
 }
 
@@ -254,7 +257,8 @@ impl Journal {
         let unchanged = effect
             .changes
             .is_some_and(|place| open.before.is_some() && number(place) == open.before);
-        if unchanged || !effect.success.is(result) {
+        let nothing_done = unchanged || !effect.success.is(result);
+        if nothing_done && effect.pair != Some(Pair::GoesOn) {
             return;
         }
         let undo = effect.undo.as_ref().and_then(|opposite| {
@@ -273,8 +277,20 @@ impl Journal {
             };
             Some((call, opposite.arguments.len().min(6)))
         });
-        let call = open.call;
-        self.pending.done.push(Done { call, undo });
+        self.pending.done.push(match undo {
+            // A wait that was given up, by a signal for instance, is over.
+            Some((call, _)) if nothing_done => Done {
+                call,
+                undo: None,
+                pair: Some(Pair::Ends),
+            },
+            None if nothing_done => return,
+            undo => Done {
+                call: open.call,
+                undo,
+                pair: effect.pair,
+            },
+        });
     }
 
     /// The device is about to be used for the first time in this part; it is as `state` says.
@@ -302,9 +318,10 @@ impl Journal {
             deferred,
             device: before,
             stays,
-            overflowed: _,
+            overflowed,
         } = std::mem::take(&mut self.pending);
         let settled = &mut self.settled;
+        settled.incomplete |= overflowed;
         settled.nested = nested;
         settled.deferred.extend(deferred);
         if let (None, Some(stays)) = (&settled.stays, stays) {
@@ -377,6 +394,24 @@ impl Journal {
         let done = self.settled.done.iter().rev();
         done.filter_map(|done| done.undo.map(|(call, _)| call))
             .collect()
+    }
+
+    /// Of the kernel functions that take the settled parts back those that are called also where
+    /// something else stays: what ends what the call has begun and nobody else ends, and what takes
+    /// back what is about objects on its `stack`, which are gone with it. In the order in which they
+    /// are called. None where not all calls are known: what seems begun may have ended.
+    pub fn ends(&self, stack: GvaRange) -> Vec<KernelCall> {
+        if self.settled.incomplete {
+            return Vec::new();
+        }
+        let done = self.settled.done.iter().rev();
+        let ends = done.filter_map(|done| {
+            let (call, arguments) = done.undo?;
+            let mut given = call.arguments.iter().take(arguments);
+            let is_gone = given.any(|argument| stack.contains(Gva(*argument)));
+            (done.pair.is_some() || is_gone).then_some(call)
+        });
+        ends.collect()
     }
 
     /// The settled calls that wait for the end of the call.

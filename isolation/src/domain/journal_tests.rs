@@ -30,6 +30,7 @@ fn effects() -> KernelEffects {
         deferred: false,
         success: Success::Always,
         changes: None,
+        pair: None,
     };
     let own = OppositeArgument::Own(0);
     let state = Place {
@@ -52,6 +53,7 @@ fn effects() -> KernelEffects {
                 deferred: true,
                 success: Success::Always,
                 changes: None,
+                pair: None,
             },
         ),
         (LOCK, undone_by(UNLOCK, &[own])),
@@ -63,12 +65,14 @@ fn effects() -> KernelEffects {
                 deferred: false,
                 success: Success::True,
                 changes: None,
+                pair: None,
             },
         ),
         (
             SWITCH_OFF,
             Effect {
                 changes: Some(state),
+                pair: None,
                 ..undone_by(
                     SWITCH_ON,
                     &[
@@ -147,6 +151,30 @@ fn what_was_taken_back_already_is_not_again() {
     assert_eq!(journal.compensation().len(), 2);
     journal.settle(None, false);
     assert_eq!(journal.compensation(), [call(UNLOCK, 2)]);
+}
+
+/// `prepare_to_wait_event`, which a signal ends.
+#[test]
+fn a_wait_that_was_given_up_is_over() {
+    let mut effects = effects();
+    let waits = Effect {
+        success: Success::NotNegativeLong,
+        pair: Some(Pair::GoesOn),
+        ..effects.lasting[&LOCK].clone()
+    };
+    effects.lasting.insert(HARMLESS, waits);
+    let mut journal = Journal::default();
+    let mut wait = |result: i64| {
+        journal.enter(call(HARMLESS, 1), 0x100, &effects, &All(1));
+        journal.leave(0x100, result.cast_unsigned(), &effects, &All(1));
+        journal.settle(None, false);
+        journal.compensation()
+    };
+    assert_eq!(wait(-512), []);
+    assert_eq!(wait(0), [call(UNLOCK, 1)]);
+    assert_eq!(wait(0), [call(UNLOCK, 1)]);
+    assert_eq!(wait(-512), []);
+    assert_eq!(journal.why_it_stays(), None);
 }
 
 #[test]

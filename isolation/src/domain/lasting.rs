@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use super::effects::KernelCall;
+use super::effects::{KernelCall, Pair};
 
 /// A kernel function that did something.
 #[derive(Debug, Clone, Copy)]
@@ -15,6 +15,8 @@ pub(super) struct Done {
     pub call: KernelCall,
     /// What takes it back, and how many arguments that has (at most six).
     pub undo: Option<(KernelCall, usize)>,
+    /// What it begins, or ends, that is over before the call is.
+    pub pair: Option<Pair>,
 }
 
 /// What takes functions back: the function, the number of its arguments, and these, padded with
@@ -68,11 +70,17 @@ impl Lasting {
     }
 
     /// `done` happened, which may be what takes an earlier one back: the latest such, and then
-    /// neither lasts.
+    /// neither lasts. What only goes on with something that lasts, or ends something that does not,
+    /// is nothing.
     pub fn happened(&mut self, done: Done) {
-        if !self.take_back(&done.call) {
-            self.push(done);
+        let goes_on = done.pair == Some(Pair::GoesOn)
+            && done.undo.is_some_and(|(undo, arguments)| {
+                self.latest.contains_key(&opposite(&undo, arguments))
+            });
+        if goes_on || self.take_back(&done.call) || done.pair == Some(Pair::Ends) {
+            return;
         }
+        self.push(done);
     }
 
     fn push(&mut self, done: Done) {
@@ -156,6 +164,7 @@ mod tests {
         Done {
             call: call(ALLOC, [object, 0]),
             undo: Some((call(FREE, [object, 5]), arguments)),
+            pair: None,
         }
     }
 
@@ -163,6 +172,7 @@ mod tests {
         Done {
             call: call(FREE, [object, second]),
             undo: None,
+            pair: None,
         }
     }
 
@@ -185,6 +195,30 @@ mod tests {
         lasting.happened(free(1, 9));
         assert_eq!(objects(&lasting), [(ALLOC, 2), (FREE, 1)]);
         assert_eq!(lasting.len(), 2);
+    }
+
+    #[test]
+    fn what_goes_on_is_begun_once_and_what_ends_nothing_is_nothing() {
+        let waits = Done {
+            pair: Some(Pair::GoesOn),
+            ..alloc(1, 1)
+        };
+        let ends = Done {
+            pair: Some(Pair::Ends),
+            ..free(1, 0)
+        };
+        let mut lasting = Lasting::default();
+        for done in [ends, waits, waits] {
+            lasting.happened(done);
+        }
+        assert_eq!(objects(&lasting), [(ALLOC, 1)]);
+        for done in [ends, ends] {
+            lasting.happened(done);
+        }
+        assert_eq!(objects(&lasting), []);
+        // Begun anew, it lasts again.
+        lasting.happened(waits);
+        assert_eq!(objects(&lasting), [(ALLOC, 1)]);
     }
 
     #[test]

@@ -21,3 +21,4 @@ pub mod phys;
 mod slab;
 pub mod stack;
 pub mod symbols;
+pub mod timers;

@@ -36,6 +36,10 @@ pub const WAITS: u64 = FIRST + 0x200;
 /// A function of the first module that calls another one of it, which has no room for a gate.
 pub const CALLS_OWN: u64 = FIRST + 0x300;
 const HELPS: u64 = FIRST + 0x380;
+/// A function of the first module that puts an entry of its own stack into [`QUEUE`], waits in the
+/// kernel, and then takes it out again, or fails if [`FAILS`] says so. If [`LASTS`] says so it has
+/// done something before that nothing takes back.
+pub const JOINS: u64 = FIRST + 0x480;
 /// A function of the first module that counts a register of a device up and returns what it is then.
 pub const TELLS: u64 = FIRST + 0x400;
 /// Where that register is in the guest's memory, in the 32-bit PCI window.
@@ -44,11 +48,15 @@ const DEVICE: u64 = 0xffff_c900_1000_0000;
 /// How often that ran to its end.
 pub const RUNS: u64 = FIRST_DATA + 8;
 pub const FAILS: u64 = FIRST_DATA + 16;
+pub const LASTS: u64 = FIRST_DATA + 24;
 const KERNEL_TEXT: u64 = 0xffff_ffff_8100_0000;
 const KERNEL_WAITS: u64 = KERNEL_TEXT + 0x100;
 const SCHEDULE: u64 = KERNEL_TEXT + 0x200;
 const UNDOES: u64 = KERNEL_TEXT + 0x300;
 const LOOP: u64 = KERNEL_TEXT + 0x400;
+const KERNEL_JOINS: u64 = KERNEL_TEXT + 0x500;
+const KERNEL_LEAVES: u64 = KERNEL_TEXT + 0x600;
+const KERNEL_LASTS: u64 = KERNEL_TEXT + 0x700;
 const KERNEL_DATA: u64 = 0xffff_ffff_8200_0000;
 const ORDER: u64 = KERNEL_DATA;
 const TABLES: u64 = KERNEL_DATA + 8;
@@ -59,6 +67,8 @@ pub const STAYS: u64 = KERNEL_DATA + 32;
 /// How often the function that takes `kernel_waits` back was called, and whether it stays in there.
 pub const UNDONE: u64 = KERNEL_DATA + 40;
 pub const UNDO_STAYS: u64 = KERNEL_DATA + 48;
+/// The first entry of a queue.
+pub const QUEUE: u64 = KERNEL_DATA + 56;
 const GDT: u64 = KERNEL_DATA + 0x800;
 pub const STACK_TOP: u64 = 0xffff_c900_0000_4000;
 /// Top-level tables: the kernel's own, and those of a process.
@@ -134,6 +144,47 @@ fn counts_and_stays(a: &mut CodeAssembler, count: u64, stays: u64) -> Result<(),
     a.pause()?;
     a.jmp(top)?;
     a.set_label(&mut goes)?;
+    a.ret()
+}
+
+/// See [`JOINS`].
+fn joins(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut lasts, mut well) = (a.create_label(), a.create_label());
+    a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
+    a.push(rbx)?;
+    a.sub(rsp, 0x10)?;
+    a.mov(rbx, FIRST_DATA)?;
+    a.cmp(qword_ptr(rbx + (LASTS - FIRST_DATA)), 0)?;
+    a.je(lasts)?;
+    a.call(KERNEL_LASTS)?;
+    a.set_label(&mut lasts)?;
+    a.mov(rdi, QUEUE)?;
+    a.mov(rsi, rsp)?;
+    a.call(KERNEL_JOINS)?;
+    a.call(KERNEL_WAITS)?;
+    a.cmp(qword_ptr(rbx + (FAILS - FIRST_DATA)), 0)?;
+    a.je(well)?;
+    a.ud2()?;
+    a.set_label(&mut well)?;
+    a.mov(rdi, QUEUE)?;
+    a.mov(rsi, rsp)?;
+    a.call(KERNEL_LEAVES)?;
+    a.mov(eax, 7)?;
+    a.add(rsp, 0x10)?;
+    a.pop(rbx)?;
+    a.ret()
+}
+
+/// A kernel function that takes the entry at `rsi` out of the queue at `rdi`, having used some of
+/// the stack.
+fn leaves(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(rax, -1i64)?;
+    for _ in 0..16 {
+        a.push(rax)?;
+    }
+    a.add(rsp, 16 * 8)?;
+    a.mov(rax, qword_ptr(rsi))?;
+    a.mov(qword_ptr(rdi), rax)?;
     a.ret()
 }
 
@@ -214,6 +265,15 @@ fn write(memory: &GuestMemory) {
         a.ret()
     });
     code(HELPS, &|a| adds(a, FIRST_DATA));
+    code(JOINS, &joins);
+    code(KERNEL_LEAVES, &leaves);
+    code(KERNEL_LASTS, &|a| a.ret());
+    code(KERNEL_JOINS, &|a| {
+        a.mov(rax, qword_ptr(rdi))?;
+        a.mov(qword_ptr(rsi), rax)?;
+        a.mov(qword_ptr(rdi), rsi)?;
+        a.ret()
+    });
     code(TELLS, &|a| {
         a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
         a.mov(rcx, DEVICE)?;
@@ -424,6 +484,7 @@ pub fn symbols() -> SymbolTable {
         "{FIRST:x} t first_counts\t[first]\n{CALLS_SECOND:x} t first_calls_second\t[first]\n\
          {CALLS_OWN:x} t first_calls_own\t[first]\n{HELPS:x} t first_helps\t[first]\n{TELLS:x} t first_tells\t[first]\n\
          {WAITS:x} t first_waits\t[first]\n{FIRST_DATA:x} d data\t[first]\n{SECOND:x} t second_counts\t[second]\n{SECOND_DATA:x} d data\t[second]\n\
+         {JOINS:x} t first_joins\t[first]\n{KERNEL_JOINS:x} T kernel_joins\n{KERNEL_LEAVES:x} T kernel_leaves\n{KERNEL_LASTS:x} T kernel_lasts\n\
          {KERNEL_WAITS:x} T kernel_waits\n{SCHEDULE:x} T kernel_schedule\n{UNDOES:x} T kernel_undoes\n{LOOP:x} T kernel_loop\n"
     );
     read_kallsyms(text.as_bytes(), |_| true).unwrap()

@@ -5,6 +5,7 @@
 #[path = "../arming/guest.rs"]
 #[allow(dead_code, reason = "each test file uses a part of it")]
 mod guest;
+mod own_stack;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -6,13 +6,14 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod device;
+mod ends;
 mod limits;
 
 use common::*;
 use iced_x86::code_asm::*;
 use isolation::domain::Domain;
 use isolation::domain::effects::{
-    Effect, KernelCall, KernelEffects, Opposite, OppositeArgument, Success,
+    Effect, KernelCall, KernelEffects, Opposite, OppositeArgument, Pair, Success,
 };
 use isolation::domain::host_memory::HostMemory;
 use isolation::domain::journal::{MAX_CALLS, Published, Stays};
@@ -33,6 +34,9 @@ const FOREVER: u64 = KERNEL_TEXT + 0x240;
 const HARMLESS: u64 = KERNEL_TEXT + 0x280;
 const UNKNOWN: u64 = KERNEL_TEXT + 0x2c0;
 const SCHEDULER: u64 = KERNEL_TEXT + 0x300;
+/// Nobody ends what the first begins.
+const LOCK: u64 = KERNEL_TEXT + 0x340;
+const UNLOCK: u64 = KERNEL_TEXT + 0x380;
 const RETURN_GATE: u64 = DRIVER_TEXT + 2;
 /// What `ALLOC` counts in, and `FREE`.
 const ALLOCATED: u64 = KERNEL_DATA;
@@ -47,6 +51,7 @@ fn effects() -> KernelEffects {
         deferred: false,
         success: Success::Always,
         changes: None,
+        pair: None,
     };
     let own = OppositeArgument::Own(0);
     let lasting = [
@@ -61,6 +66,14 @@ fn effects() -> KernelEffects {
         (SWITCH_ON, effect(Some((SWITCH_OFF, own)))),
         (SWITCH_OFF, effect(Some((SWITCH_ON, own)))),
         (FOREVER, effect(None)),
+        (
+            LOCK,
+            Effect {
+                pair: Some(Pair::Begins),
+                ..effect(Some((UNLOCK, own)))
+            },
+        ),
+        (UNLOCK, effect(Some((LOCK, own)))),
     ];
     KernelEffects {
         lasting: lasting.into(),
@@ -114,7 +127,8 @@ impl Bench {
                 a.ret().unwrap();
             });
         }
-        for function in [SWITCH_ON, SWITCH_OFF, FOREVER, HARMLESS, UNKNOWN, SCHEDULER] {
+        let others = [SWITCH_ON, SWITCH_OFF, FOREVER, HARMLESS, UNKNOWN, SCHEDULER];
+        for function in others.into_iter().chain([LOCK, UNLOCK]) {
             guest.code(function, |a| a.ret().unwrap());
         }
         guest.code(WAITS, |a| {
@@ -460,31 +474,4 @@ fn a_call_that_cannot_be_taken_back_stays_as_it_is_and_says_why() {
         ..Kernel::with_data()
     };
     assert!(matches!(stays(Do::Device(1), in_use), Stays::Device { .. }));
-}
-
-#[test]
-fn a_kernel_function_that_called_the_driver_back_cannot_be_abandoned() {
-    let guest_callback = DRIVER_TEXT + 0x800;
-    let calls_back = KERNEL_TEXT + 0x400;
-    let mut bench = Bench::with(&[Do::Call(calls_back, 0)], |guest| {
-        guest.code(calls_back, |a| {
-            a.mov(rax, guest_callback).unwrap();
-            a.call(rax).unwrap();
-            a.ret().unwrap();
-        });
-        guest.code(guest_callback, |a| {
-            a.call(WAITS).unwrap();
-            a.xor(eax, eax).unwrap();
-            a.mov(rax, qword_ptr(rax)).unwrap();
-            a.ret().unwrap();
-        });
-    });
-    bench.domain.redirect(guest_callback, WAITS).unwrap();
-    bench.effects.harmless.insert(calls_back);
-    bench.kernel.driver_functions.insert(guest_callback);
-    let end = bench.run();
-    assert_eq!(
-        *published(&end),
-        Published::Stays(Stays::KernelFunctionOpen)
-    );
 }

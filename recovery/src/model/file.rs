@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Deserialize;
 
-use super::{Argument, Changed, Effect, Keeps, ModelError, Required, Resource, Undo};
+use super::{Argument, Changed, Effect, Keeps, ModelError, Pair, Required, Resource, Undo};
 
 /// Version of the schema.
 pub(super) const SCHEMA: u32 = 1;
@@ -58,6 +58,7 @@ pub(super) struct Entry {
     changes: Option<String>,
     #[serde(default)]
     keeps: Vec<String>,
+    pair: Option<Pair>,
 }
 
 impl File {
@@ -113,6 +114,18 @@ impl Entry {
         if !keeps.is_empty() && self.undo.is_none() && !self.irrevocable && !self.deferrable {
             return contradiction("what keeps something has an effect that lasts");
         }
+        match (self.pair, self.undo.is_some()) {
+            (Some(Pair::Begins | Pair::GoesOn), false) => {
+                return contradiction("what begins something has an opposite that ends it");
+            }
+            (Some(Pair::Ends), true) => {
+                return contradiction("what only ends something has no opposite");
+            }
+            _ => {}
+        }
+        if self.pair == Some(Pair::Ends) && (self.irrevocable || self.deferrable) {
+            return contradiction("what only ends something is done at once and leaves nothing");
+        }
         let undo = self.undo.as_deref().map(|text| {
             parse_undo(text).ok_or_else(|| ModelError::Undo {
                 function: name.to_owned(),
@@ -129,6 +142,7 @@ impl Entry {
             deferrable: self.deferrable,
             changes,
             keeps,
+            pair: self.pair,
         })
     }
 }

@@ -3,8 +3,9 @@
 use isolation::compensation::effects::{
     ArgumentModel, FunctionModel, KeptModel, KernelModel, MemberOf, OppositeModel, RequiredModel,
 };
+use isolation::domain::effects;
 
-use super::{Argument, Keeps, Model, Required, Undo};
+use super::{Argument, Keeps, Model, Pair, Required, Undo};
 
 impl Model {
     /// What isolated calls are journalled and compensated by.
@@ -16,7 +17,8 @@ impl Model {
             interrupts_off: self.interrupts_off.iter().cloned().collect(),
         };
         for (name, effect) in &self.lasting {
-            if effect.undo.is_none() && !effect.irrevocable && !effect.deferrable {
+            let ends = effect.pair == Some(Pair::Ends);
+            if effect.undo.is_none() && !effect.irrevocable && !effect.deferrable && !ends {
                 model.harmless.push(name.clone());
                 continue;
             }
@@ -29,6 +31,7 @@ impl Model {
                     member: changes.member.clone(),
                 }),
                 keeps: effect.keeps.iter().map(Keeps::for_isolation).collect(),
+                pair: effect.pair.map(Pair::for_isolation),
             });
         }
         model
@@ -48,6 +51,16 @@ impl Keeps {
                     links: links.clone(),
                 },
             },
+        }
+    }
+}
+
+impl Pair {
+    fn for_isolation(self) -> effects::Pair {
+        match self {
+            Self::Begins => effects::Pair::Begins,
+            Self::GoesOn => effects::Pair::GoesOn,
+            Self::Ends => effects::Pair::Ends,
         }
     }
 }

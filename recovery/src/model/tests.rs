@@ -168,6 +168,28 @@ fn isolation_gets_what_has_to_be_seen_and_what_has_not() {
     }
 }
 
+/// Locks and waits that a call begins, which nobody else ends.
+#[test]
+fn isolation_is_told_what_is_over_before_a_call_is() {
+    use isolation::domain::effects::Pair;
+    for release in ["6.1.0", "6.12.1"] {
+        let model = Model::for_release(release).unwrap().unwrap();
+        let model = model.for_isolation();
+        let pair = |name: &str| {
+            let mut all = model.lasting.iter();
+            all.find(|function| function.name == name).unwrap().pair
+        };
+        for begins in ["mutex_lock", "rtnl_lock", "down_read", "add_wait_queue"] {
+            assert_eq!(pair(begins), Some(Pair::Begins), "{begins}");
+        }
+        assert_eq!(pair("prepare_to_wait_event"), Some(Pair::GoesOn));
+        assert_eq!(pair("finish_wait"), Some(Pair::Ends));
+        for other in ["mutex_unlock", "remove_wait_queue", "kfree"] {
+            assert_eq!(pair(other), None, "{other}");
+        }
+    }
+}
+
 #[test]
 fn a_model_that_contradicts_itself_is_refused() {
     assert!(with("f = {}").is_ok());
@@ -184,6 +206,11 @@ fn a_model_that_contradicts_itself_is_refused() {
         "f = { changes = \"0.a.b.c.d.e.f.g.h.i\" }",
         "f = { undo = \"g(0,1,2,3,4,5,0)\" }",
         "f = { undo = \"(0)\" }",
+        "f = { pair = \"begins\" }",
+        "f = { pair = \"goes_on\", irrevocable = true }",
+        "f = { pair = \"ends\", undo = \"g()\" }",
+        "f = { pair = \"ends\", deferrable = true }",
+        "f = { pair = \"holds\", undo = \"g()\" }",
         "f = { owned = [6] }",
         "f = { owned = [-1] }",
         "f = { frees = \"everything\" }",

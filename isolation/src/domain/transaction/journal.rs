@@ -19,6 +19,7 @@ use crate::domain::roots::Roots;
 use crate::domain::view::{PAGE_SIZE, Pfn};
 use crate::domain::view::{PrivateView, ViewError};
 use crate::domain::violation::ViolationKind;
+use crate::guest::addr::{Gva, GvaRange};
 
 /// The call's memory.
 struct CallNumbers<'a> {
@@ -211,8 +212,12 @@ impl Call<'_> {
             self.phases.device_ns += elapsed_ns(start);
         }
         if let Some(stays) = stays {
-            // As if it had ended here: what it let go of is not used any more.
-            self.kernel_calls = journal.take_deferred();
+            // As if it had ended here: what it holds it lets go, and what it let go of is not used
+            // any more.
+            let first = self.request.stack.first();
+            let below_caller = GvaRange::inclusive(first, Gva(self.entry.rsp));
+            self.kernel_calls = below_caller.map_or_else(Vec::new, |own| journal.ends(own));
+            self.kernel_calls.extend(journal.take_deferred());
             self.calls_kept = journal.take_kept();
             return Ok(Published::Stays(stays));
         }
