@@ -187,7 +187,7 @@ mod long {
         let root = folder.path();
         let words = ["--vfio", FUNCTION, "--slots", "2"];
         let served = DeviceHost::start(&options().program, root, &words).unwrap();
-        let boot = |name| super::boot(&options().among(root, name).with("--memory 256M"));
+        let boot = |name| crate::boot(&options().among(root, name).with("--memory 256M"));
         let mut guests = NAMES.map(boot);
         let plug = |guest: &Guest| {
             let request = Request::Plug {
