@@ -9,6 +9,7 @@
 
 mod baseline;
 mod edge;
+mod going_back;
 mod look;
 
 use std::collections::BTreeMap;
@@ -43,6 +44,7 @@ use crate::control::client::ControlClient;
 use crate::control::protocol::{FaultyCalls, FunctionBytes, Reply, Request};
 use baseline::{Baseline, Laps};
 use edge::order;
+use going_back::{PATIENCE, unless_refused};
 use look::faults;
 
 /// Names of the marks.
@@ -424,9 +426,20 @@ impl Worker {
 
     fn rewind(&mut self, name: &str) -> anyhow::Result<()> {
         self.guest.agent().disconnect();
-        let rewound = self.control.ask(&Request::Rewind {
+        let rewind = Request::Rewind {
             name: Some(name.to_owned()),
-        })?;
+        };
+        let module = self.workload.driver.clone();
+        let rewound = unless_refused(
+            &mut self.control,
+            PATIENCE,
+            |control| control.ask(&rewind),
+            |control| {
+                let module = module.clone();
+                // There may be none.
+                let _ = control.ask(&Request::UndoFaults { module });
+            },
+        )?;
         tracing::debug!("{rewound:?}");
         // What was said before is of a run that is over, and campaigns have many.
         self.heard = self.guest.cut_console();
