@@ -56,6 +56,7 @@ fn reason(verdict: Verdict, seen: &Seen) -> String {
     if !seen.works {
         return match seen.rungs {
             0 => "the device does not work".to_owned(),
+            1 => "the device does not work, after a rung of the ladder".to_owned(),
             rungs => format!("the device does not work, after {rungs} rungs of the ladder"),
         };
     }
