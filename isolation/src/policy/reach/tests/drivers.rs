@@ -106,8 +106,16 @@ fn types() -> Arc<Btf> {
     let discipline = e.structure("Qdisc", 64, &discipline);
     let sync = e.structure("gnet_stats_basic_sync", 16, &[]);
     let sync = e.pointer(sync);
-    let action = e.structure("tc_action", 64, &[("cpu_bstats", sync, 8)]);
-    e.pointer(action);
+    let byte = e.int("u8", 1, 0);
+    let action = [
+        ("cpu_bstats", sync, 8),
+        ("used_hw_stats", byte, 40),
+        ("used_hw_stats_valid", byte, 41),
+    ];
+    let action = e.structure("tc_action", 64, &action);
+    let action = e.pointer(action);
+    let actions = [("actions", e.pointer(action), 0), ("nr_actions", half, 8)];
+    e.structure("tcf_exts", 16, &actions);
     e.pointer(discipline);
     let socket = e.structure("sock", 32, &[("n", word, 0)]);
     e.pointer(socket);
@@ -163,6 +171,17 @@ fn types() -> Arc<Btf> {
     let team = e.structure("team", 24, &[("port_list", list, 8)]);
     let team = e.pointer(team);
     e.function("my_join", TypeId::VOID, &[("team", team)]);
+    let actions = base.find_struct("tcf_exts").unwrap();
+    let filter = [("exts", actions, 0), ("list", list, 16)];
+    e.structure("cls_fl_filter", 32, &filter);
+    e.structure(
+        "fl_flow_mask",
+        32,
+        &[("filters", list, 0), ("list", list, 16)],
+    );
+    let head = e.structure("cls_fl_head", 16, &[("masks", list, 0)]);
+    let head = e.pointer(head);
+    e.function("my_walk", TypeId::VOID, &[("head", head)]);
     let common = base.find_struct("tc_action").unwrap();
     e.structure("my_gact", 72, &[("common", common, 0), ("n", word, 64)]);
     let action = e.refer(10, "", base.find_struct("tc_action").unwrap());

@@ -51,19 +51,3 @@ fn a_chain_of_large_requests_hides_neither_its_last_one_nor_the_drivers_own_data
     let found = call(&guest, "my_complete", chain);
     assert!(found.contains(&(PAGE, PIECES_OF_EACH * 512)));
 }
-
-/// `nvme_handle_cqe`, which is told a tag by its device.
-#[test]
-fn a_request_that_is_found_by_its_tag_is_the_drivers_with_what_it_has_behind_it() {
-    let (types, guest) = (types(), guest(0));
-    let known = Known([(REQUEST, 128)].into_iter().collect());
-    let reach = super::super::reach(&types, &guest, &known);
-    let mut rules = reach.rules.answered.iter();
-    let by_tag = rules.find(|rule| rule.by.contains(&"blk_mq_tag_to_rq"));
-    let found = reach.answered(by_tag.unwrap(), Gva(REQUEST));
-    let found: Vec<_> = found.iter().map(|object| object.range).collect();
-    for (at, bytes) in [(REQUEST, 32), (REQUEST + 32, 96)] {
-        let range = GvaRange::new(Gva(at), bytes).unwrap();
-        assert!(found.contains(&range), "{found:?}");
-    }
-}

@@ -42,6 +42,30 @@ fn a_packet_may_be_an_argument_by_a_pointer_to_its_pointer() {
     assert!(wanted.iter().all(|one| found.contains(one)), "{found:x?}");
 }
 
+/// `fl_hw_update_stats`, for each filter of each mask.
+#[test]
+fn what_is_noted_in_an_action_is_found_through_lists_of_lists() {
+    let mut guest = guest(1);
+    let (head, mask, filter, actions, action) = (SOCKET, QDISC, QDISC_OPS, KEPT, BIO);
+    for (at, word) in [
+        (head, mask + 16),
+        (mask + 16, head),
+        (mask, filter + 16),
+        (filter + 16, mask),
+        (filter, actions),
+        (filter + 8, 1),
+        (actions, action),
+    ] {
+        guest.put(Gva(at), &u64::to_le_bytes(word), DATA);
+    }
+    let sizes = [(head, 16), (mask, 32), (filter, 32)];
+    let found = call_with(&sizes, "", &guest, "my_walk", head);
+    for noted in [(action + 40, 1), (action + 41, 1)] {
+        assert!(found.contains(&noted), "{found:x?}");
+    }
+    assert!(found.iter().all(|(at, _)| *at != action), "{found:x?}");
+}
+
 #[test]
 fn what_is_in_a_list_of_the_drivers_is_reached_as_what_it_is() {
     let mut guest = guest(1);
