@@ -232,6 +232,7 @@ fn who_wants_it_all_the_same_is_told_what_is_not_contained() {
         "first_calls_own",
         "first_calls_second",
         "first_counts",
+        "first_joins",
         "first_tells",
         "first_waits",
     ];
