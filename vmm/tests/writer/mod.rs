@@ -276,7 +276,8 @@ impl Writing {
             .zip(&start)
             .any(|(now, start)| *now < start + words)
         {
-            std::thread::yield_now();
+            // Each look stops them: they need time to write in between.
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
