@@ -173,7 +173,7 @@ fn enter_guest(machine: &Arc<Machine>, index: u8, fd: &mut VcpuFd) -> Result<Opt
         Ok(VcpuExit::Intr) => exits.count(ExitKind::Interrupted, 0),
         Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
             exits.count(ExitKind::DirtyRing, 0);
-            if let Err(error) = machine.dirty.lock().empty_rings() {
+            if let Err(error) = machine.dirty.lock().empty_full_ring(index) {
                 return Ok(Some(Flow::Fail(error.to_string())));
             }
             // Nothing of an instruction is open.

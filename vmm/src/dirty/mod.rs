@@ -216,7 +216,22 @@ impl Tracker {
                 *lost = true;
             }
         }
-        let mut seen = rings.iter_mut().filter(|ring| ring.has_seen());
+        self.reset_rings()
+    }
+
+    /// The same, where KVM has said that the ring of vCPU `index` is full.
+    pub fn empty_full_ring(&mut self, index: u8) -> Result<(), Error> {
+        self.empty_rings()?;
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            // Pages are among that which were written since it was said that any may have changed.
+            self.lost |= ring.is_full();
+        }
+        self.reset_rings()
+    }
+
+    /// Gives what was seen in the rings back to KVM.
+    fn reset_rings(&mut self) -> Result<(), Error> {
+        let mut seen = self.rings.iter_mut().filter(|ring| ring.has_seen());
         let Some(first) = seen.next() else {
             return Ok(());
         };
