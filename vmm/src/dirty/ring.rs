@@ -231,10 +231,12 @@ impl DirtyRing {
             let flags = self.flags(self.next.wrapping_sub(unreset));
             flags.load(Ordering::Acquire) & GFN_F_RESET != 0
         };
-        self.unreset = (1..=self.unreset)
-            .rev()
-            .find(|unreset| is_waiting(*unreset))
-            .unwrap_or(0);
+        // It takes them in their order: mostly all, down to the last one.
+        let left = match is_waiting(1) {
+            true => (1..=self.unreset).rev().find(|left| is_waiting(*left)),
+            false => None,
+        };
+        self.unreset = left.unwrap_or(0);
     }
 
     /// Gives the entries that were seen, in all rings of the VM, back to KVM. Their pages are
