@@ -47,7 +47,10 @@ pub struct Context<S> {
     client: Mutex<Option<Client>>,
     /// There is one. Apart from it: whoever holds the NIC asks for this, and whoever holds the
     /// client may wait for the NIC.
-    connected: AtomicBool,
+    taken: AtomicBool,
+    /// It has gone, by its own thread's word. Who takes its place away hears of that later: it may
+    /// wait for a switch that asks for this.
+    gone: Arc<AtomicBool>,
     attached: AtomicU64,
     endpoint: RemoteEndpoint<SharedSubscriber>,
     stop: Arc<AtomicBool>,
@@ -76,7 +79,8 @@ impl<S: Share> Context<S> {
             driver_lost: AtomicBool::default(),
             mac: Mutex::new(mac),
             client: Mutex::new(None),
-            connected: AtomicBool::default(),
+            taken: AtomicBool::default(),
+            gone: Arc::default(),
             attached: AtomicU64::default(),
             endpoint,
             stop,
@@ -89,9 +93,14 @@ impl<S: Share> Context<S> {
         *lock(&self.mac)
     }
 
-    /// Whether a client has it. Waits for nobody.
+    /// Whether a client has it that has not gone. Waits for nobody.
     pub fn is_connected(&self) -> bool {
-        self.connected.load(Ordering::Acquire)
+        self.is_taken() && !self.gone.load(Ordering::Acquire)
+    }
+
+    /// Whether its place is a client's, which may have gone. Waits for nobody.
+    pub fn is_taken(&self) -> bool {
+        self.taken.load(Ordering::Acquire)
     }
 
     /// Whether it may be given the turn.
@@ -110,7 +119,8 @@ impl<S: Share> Context<S> {
             serial,
             served: None,
         });
-        self.connected.store(true, Ordering::Release);
+        self.gone.store(false, Ordering::Release);
+        self.taken.store(true, Ordering::Release);
         self.away.store(false, Ordering::Relaxed);
         self.driver_lost.store(false, Ordering::Relaxed);
         let mut own = lock(&self.mac);
@@ -131,10 +141,12 @@ impl<S: Share> Context<S> {
     ) -> anyhow::Result<()> {
         let vm = self.vm.clone();
         let mut listener = self.share.listener(goes_on.then(|| self.mac()));
+        let gone = self.gone.clone();
         let notify = move |event| {
             listener(&event);
             match event {
                 ServerEvent::Gone(why) => {
+                    gone.store(true, Ordering::Release);
                     let vm = vm.clone();
                     // The keeper goes only with the process.
                     let _ = keeper.send(Happened::Gone { vm, serial, why });
@@ -165,7 +177,7 @@ impl<S: Share> Context<S> {
         let Some(gone) = client.take_if(|client| client.serial == serial) else {
             return false;
         };
-        self.connected.store(false, Ordering::Release);
+        self.taken.store(false, Ordering::Release);
         drop(client);
         if let Some((id, _)) = gone.served {
             let removed = self

@@ -111,7 +111,7 @@ impl<C: Card> Host<C> {
         let others = |context: &Arc<ContextOf<C>>| context.vm != *vm && context.mac() == mac;
         if let Some(other) = contexts.iter().find(|context| others(context)) {
             ensure!(
-                !other.is_connected() && !other.share.has_turn(),
+                !other.is_taken() && !other.share.has_turn(),
                 "its address {mac} is that of {}: choose another with mac=",
                 other.vm
             );
@@ -125,7 +125,7 @@ impl<C: Card> Host<C> {
         }
         if contexts.len() >= self.config.slots {
             let free =
-                |context: &Arc<ContextOf<C>>| !context.is_connected() && !context.share.has_turn();
+                |context: &Arc<ContextOf<C>>| !context.is_taken() && !context.share.has_turn();
             let Some(place) = contexts.iter().position(free) else {
                 bail!(
                     "all of its {} slots are taken: stop a VM that is attached, or serve it with more --slots",

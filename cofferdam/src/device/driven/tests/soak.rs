@@ -65,7 +65,7 @@ impl Soak {
         wait("its end", || {
             let contexts = self.host.contexts();
             let mut contexts = contexts.iter();
-            !contexts.any(|one| one.vm.as_str() == NAMES[index] && one.is_connected())
+            !contexts.any(|one| one.vm.as_str() == NAMES[index] && one.is_taken())
         });
     }
 

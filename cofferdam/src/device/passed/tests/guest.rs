@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use devices::dma::{DmaRegion, DmaSpace, GuestMemory};
@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{Device, EIAC, IMS, IVAR, RCTL, RDBAL, RDLEN, TCTL, TDT};
 use crate::device::at_step::Waiting;
 use crate::device::card::Card;
+use crate::device::happened::Happened;
 use crate::device::hello::{AttachInfo, Welcome, read_line};
 use crate::device::host::Host;
 use crate::device::passed::PassedCard;
@@ -50,6 +51,18 @@ pub fn waiting_host(
 
 /// The same with this card.
 pub fn host_of<C: Card>(card: C, parked: ParkedAs, slots: usize) -> Arc<Host<C>> {
+    let (host, events) = host_without_keeper(card, parked, slots);
+    let kept = host.clone();
+    std::thread::spawn(move || keeper::keep(&kept, &events));
+    host
+}
+
+/// The same, and what its keeper would hear.
+pub fn host_without_keeper<C: Card>(
+    card: C,
+    parked: ParkedAs,
+    slots: usize,
+) -> (Arc<Host<C>>, Receiver<Happened>) {
     let config = HostConfig {
         name: "nic".parse().unwrap(),
         wire: "its own wire".to_owned(),
@@ -58,10 +71,7 @@ pub fn host_of<C: Card>(card: C, parked: ParkedAs, slots: usize) -> Arc<Host<C>>
         slots,
     };
     let (sender, events) = channel();
-    let host = Arc::new(Host::new(config, card, sender));
-    let kept = host.clone();
-    std::thread::spawn(move || keeper::keep(&kept, &events));
-    host
+    (Arc::new(Host::new(config, card, sender)), events)
 }
 
 /// Memory of a VM.
