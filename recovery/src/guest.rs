@@ -150,6 +150,10 @@ pub trait LiveGuest: Send + Sync + 'static {
         asker: &dyn Asker,
     ) -> anyhow::Result<Isolated>;
 
+    /// Returns when whoever listens to a policy's calls ([`FaultPolicy::listener`]) has heard of each
+    /// that has failed by now.
+    fn settle_reports(&self);
+
     /// Has the guest run a module's functions itself again; their final counters.
     ///
     /// # Errors

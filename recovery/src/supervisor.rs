@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::clock::monotonic_ns;
 use isolation::attach::request::Isolated;
-use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy};
+use isolation::dispatch::after_fault::{AfterFault, FailedCall, FaultPolicy, Listener};
 use isolation::status::ModuleStatus;
 
 use crate::asker::{Asker, Gone, Nobody};
@@ -214,6 +214,7 @@ impl<G: LiveGuest> Supervisor<G> {
     /// What calls of `module` did wrong since the VM began, the latest last; also of one that is
     /// not isolated any more.
     pub fn violations(&self, module: &str) -> Vec<Violations> {
+        self.guest.settle_reports();
         lock(&self.violations).of(module)
     }
 
@@ -303,13 +304,12 @@ struct LadderPolicy {
 
 impl FaultPolicy for LadderPolicy {
     fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
-        lock(&self.violations).add(&self.module, call.report);
         let decision = lock(&self.ladder).fault(&Fault {
-            entry: &call.report.entry,
+            entry: call.entry,
             attempts: call.attempts,
             unheard: call.unheard,
-            half_done: call.report.violation.stays() || call.report.domain_failed(),
-            device_lost: call.report.device_lost.is_some(),
+            half_done: call.violation.stays() || call.domain_failed(),
+            device_lost: call.device_lost,
             out_of_time: call.out_of_time,
             in_a_row: call.in_a_row,
             now_ns: monotonic_ns(),
@@ -318,7 +318,7 @@ impl FaultPolicy for LadderPolicy {
             Decision::Error => AfterFault::ReturnError,
             Decision::Retry => AfterFault::Retry,
             Decision::Rest => {
-                let entry = &call.report.entry;
+                let entry = call.entry;
                 tracing::warn!(
                     "{entry} goes on failing: it is not run until the device begins anew"
                 );
@@ -342,6 +342,13 @@ impl FaultPolicy for LadderPolicy {
                 AfterFault::Stop
             }
         }
+    }
+
+    fn listener(&self) -> Option<Listener> {
+        let (module, violations) = (self.module.clone(), self.violations.clone());
+        Some(Box::new(move |report| {
+            lock(&violations).add(&module, report);
+        }))
     }
 }
 

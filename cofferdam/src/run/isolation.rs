@@ -276,6 +276,10 @@ impl LiveGuest for Isolation {
         Ok(isolated?)
     }
 
+    fn settle_reports(&self) {
+        self.isolator.settle_reports();
+    }
+
     fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
         Ok(self.isolator.release(module)?)
     }

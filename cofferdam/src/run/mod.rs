@@ -47,6 +47,7 @@ use devices::serial::SerialBackend;
 use isolation::Isolation;
 use kept_console::KeptConsole;
 use panic_watch::GuestPanic;
+use recovery::guest::LiveGuest;
 use recovery::supervisor::Supervisor;
 use restored::Saved;
 use vmm::memory::{MemorySource, Userfault};
@@ -298,7 +299,6 @@ fn boot(
         // Its threads are behind the walls from their beginning.
         saved.tell_guest(&vm, &nics, &supervisor, agent)?;
     }
-    drop(supervisor);
     let control = crate::control::server::serve(&paths.control_socket(), Arc::new(service))?;
     if !watch.attach(vm.handle()) {
         // Asked to end before it began.
@@ -309,6 +309,8 @@ fn boot(
     }
     is_ready(config, saved.is_some(), &mut steps);
     let ended = vm.run();
+    // Its last faults may be why it has ended.
+    supervisor.guest().settle_reports();
     console.end();
     control.wait_for_answers(ANSWER_TIME);
     Ok(ended?)

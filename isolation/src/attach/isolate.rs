@@ -34,10 +34,12 @@ use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
 use crate::dispatch::armed::{
-    Armed, Failures, Gate, InTheGuest, KeptPackets, KnownGuest, Limits, ModuleDevice,
+    Armed, Gate, InTheGuest, KeptPackets, KnownGuest, Limits, ModuleDevice,
 };
+use crate::dispatch::failures::Failures;
 use crate::dispatch::fault::Faults;
 use crate::dispatch::overdue::Timers;
+use crate::dispatch::reporter::Queue;
 use crate::dispatch::supervisor::Knowledge;
 use crate::domain::Domain;
 use crate::domain::effects::KernelEffects;
@@ -181,7 +183,12 @@ impl Isolator {
         };
         let (isolated, planned) = (prepared.isolated.clone(), prepared.watch);
         let module = request.module.clone();
-        let (armed, leftovers) = prepared.arm(request, &virt, self.guest_time.stopwatches());
+        let (armed, leftovers) = prepared.arm(
+            request,
+            &virt,
+            self.guest_time.stopwatches(),
+            self.reporter.queue(),
+        );
         self.modules().insert(module, armed);
         let mut watch = self.watch();
         if let (None, Some(planned)) = (*watch, planned) {
@@ -329,8 +336,10 @@ impl Prepared {
         request: IsolateRequest,
         virt: &VirtMemory<'_, GuestMemory>,
         stopwatches: Stopwatches,
+        reports: Queue,
     ) -> (Armed, Leftovers) {
         let call_loop = self.effects.is_some();
+        let symbols = request.symbols.clone();
         let subject = Subject {
             module: request.module,
             sections: request.sections,
@@ -364,7 +373,7 @@ impl Prepared {
                 sleep_limit: request.sleep_limit,
             },
             timers: Timers::default(),
-            failures: Failures::new(request.policy, keeper),
+            failures: Failures::new(request.policy, keeper, symbols, reports),
             faults: Faults::default(),
             tracer: None,
             stopped: false,

@@ -82,7 +82,8 @@ impl Armed {
             self.device.withholding,
             self.device.outside_kept,
         ) = (false, false, false);
-        (self.failures.again, self.failures.rolled_back) = (None, None);
+        self.failures.again = None;
+        self.failures.nobody_runs_again();
         for (at, gate) in &mut self.gates {
             gate.failed_last = kept.failed_last.contains(at);
             gate.rests = false;

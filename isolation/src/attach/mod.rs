@@ -42,6 +42,7 @@ use vmm::{Refused, VmHandle, VmState};
 use crate::compensation::guest_time::GuestTime;
 use crate::dispatch::armed::Armed;
 use crate::dispatch::fault::{FaultCount, FaultOrder, InstructionAt};
+use crate::dispatch::reporter::Reporter;
 use crate::dispatch::returning::turn_vcpus;
 use crate::domain::error::DomainError;
 use crate::domain::host_memory::HostMemory;
@@ -175,6 +176,7 @@ pub struct Isolator {
     /// A fault in the guest's own text. Taken last.
     text_fault: Mutex<Option<TextFault>>,
     guest_time: GuestTime,
+    reporter: Reporter,
 }
 
 impl Isolator {
@@ -191,6 +193,7 @@ impl Isolator {
             leaving: Mutex::default(),
             suspending: Mutex::new(None),
             text_fault: Mutex::new(None),
+            reporter: Reporter::start(),
         });
         vm.attach_trap_handler(isolator.clone())?;
         vm.add_participant(isolator.clone());
@@ -250,10 +253,15 @@ impl Isolator {
 
     /// The last violations of a module's calls, oldest first.
     pub fn reports(&self, module: &str) -> Result<Vec<ViolationReport>, AttachError> {
-        let modules = self.modules();
-        let armed = modules.get(module);
-        let armed = armed.ok_or_else(|| AttachError::NotIsolated(module.to_owned()))?;
-        Ok(armed.failures.reports.iter().cloned().collect())
+        let reports = self.with_module(module, |armed| Ok(armed.failures.reports.clone()))?;
+        self.settle_reports();
+        Ok(reports.kept())
+    }
+
+    /// Returns when each call that has failed by now is in the reports and the log, and whoever
+    /// listens has heard of it.
+    pub fn settle_reports(&self) {
+        self.reporter.settle();
     }
 
     /// Puts `code` over the instructions at `function` + `offset` in the domain's copy of the

@@ -98,6 +98,6 @@ impl Isolator {
         let next = armed.serve(standing, &mut at);
         context.set_regs(&next);
         armed.back_in_guest();
-        armed.caller_runs_again();
+        armed.failures.caller_runs_again();
     }
 }

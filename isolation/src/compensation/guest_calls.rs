@@ -21,6 +21,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::compensation::call_loop::{CallLoop, LITTLE_STACK, MUCH_STACK, Progress, Row};
 use crate::compensation::guest_time::{Stopwatch, Stopwatches};
+use crate::dispatch::failed::Failed;
 use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::host_memory::Kept;
@@ -29,7 +30,6 @@ use crate::domain::transaction::DeviceStore;
 use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
-use crate::status::report::ViolationReport;
 
 /// Time of the guest after which a kernel function that takes something back is taken to hang.
 pub(crate) const GUEST_CALL_LIMIT: Duration = Duration::from_secs(10);
@@ -39,7 +39,7 @@ const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// A call that failed and whose taking back is under way.
 pub(crate) struct Failure {
-    pub report: ViolationReport,
+    pub failed: Failed,
     pub attempt: Attempt,
     /// Registers at the entry of the call.
     pub entry: kvm_regs,

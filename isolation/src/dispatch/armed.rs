@@ -1,7 +1,7 @@
 //! A module whose functions are gated: its calls, from the gate to the registers that the guest
 //! goes on with.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,8 +14,8 @@ use crate::compensation::call_loop::CallLoop;
 use crate::compensation::guest_calls::GuestCalls;
 use crate::compensation::guest_time::Stopwatches;
 use crate::compensation::transmit_queues::TransmitQueues;
-use crate::dispatch::after_fault::FaultPolicy;
 use crate::dispatch::call_trace::Tracer;
+use crate::dispatch::failures::Failures;
 use crate::dispatch::fault::Faults;
 use crate::dispatch::overdue::Timers;
 use crate::dispatch::returning::Returning;
@@ -24,22 +24,17 @@ use crate::domain::Domain;
 use crate::domain::attempt::Attempt;
 use crate::domain::effects::{KernelCall, KernelEffects};
 use crate::domain::transaction::{CallEnd, CallResult, SpilledCall};
-use crate::fault_image::Keeper;
 use crate::guest::addr::Gva;
 use crate::guest::gate::{clear_gate, set_gate};
 use crate::guest::paging::{AddressSpace, VirtMemory};
 use crate::policy::abort_value::AbortReturn;
 use crate::policy::call::DriverPolicy;
 use crate::status::Strength;
-use crate::status::report::ViolationReport;
 use crate::status::{EntryStatus, ModuleStatus};
 use devices::hold::{DeviceLost, Holdable};
 
 /// The return gate is the second `out` of a gate.
 pub(crate) const RETURN_GATE_OFFSET: u64 = 2;
-
-/// Reports kept for each module.
-pub(crate) const REPORTS_KEPT: usize = 32;
 
 /// A gate in the guest.
 pub(crate) struct Gate {
@@ -195,45 +190,6 @@ pub(crate) struct Limits {
     pub budget: Duration,
     /// Waits that leave it atomic.
     pub sleep_limit: Duration,
-}
-
-/// Calls that failed.
-pub(crate) struct Failures {
-    /// Decides what becomes of them.
-    pub policy: Box<dyn FaultPolicy>,
-    /// Keeps images of the guest at their faults.
-    pub keeper: Option<Keeper>,
-    /// The one that failed just now, if it is to be run once more.
-    pub again: Option<Again>,
-    pub reports: VecDeque<ViolationReport>,
-    pub violations: u64,
-    /// When memory and device of one were as before; taken when its caller runs again.
-    pub rolled_back: Option<Instant>,
-}
-
-impl Failures {
-    /// None yet.
-    pub fn new(policy: Box<dyn FaultPolicy>, keeper: Option<Keeper>) -> Self {
-        Self {
-            policy,
-            keeper,
-            again: None,
-            reports: VecDeque::new(),
-            violations: 0,
-            rolled_back: None,
-        }
-    }
-}
-
-/// A call that is to be run once more.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Again {
-    /// Address of its gate.
-    pub gate: u64,
-    /// Which run it is to be.
-    pub attempt: Attempt,
-    /// Registers at its entry.
-    pub entry: kvm_regs,
 }
 
 /// A call that went on in the guest.

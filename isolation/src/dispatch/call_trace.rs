@@ -14,11 +14,11 @@ use devices::clock::monotonic_ns;
 use serde::{Deserialize, Serialize};
 
 use crate::dispatch::armed::{Armed, AtGate};
+use crate::dispatch::failed::Failed;
 use crate::domain::attempt::Attempt;
 use crate::domain::error::DomainError;
 use crate::domain::recorder::{Ended, Event, Happened, Recording};
 use crate::domain::transaction::{CallEnd, CallResult};
-use crate::status::report::ViolationReport;
 
 /// Most calls that are recorded at once.
 pub const MAX_CALLS: u32 = 64;
@@ -280,12 +280,13 @@ impl Armed {
     }
 
     /// What the call that is recorded has done wrong.
-    pub(super) fn trace_violation(&mut self, report: &ViolationReport) {
+    pub(super) fn trace_violation(&mut self, failed: &Failed) {
         let call = self
             .tracer
             .as_mut()
             .and_then(|tracer| tracer.current.as_mut());
         if let Some(call) = call {
+            let report = failed.clone().named(&self.guest.knowledge.symbols);
             call.violation = Some(report.to_string());
         }
     }

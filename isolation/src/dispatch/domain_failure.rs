@@ -42,11 +42,11 @@ impl Armed {
             published: None,
         };
         let name = known.entry.name.clone();
-        let mut report = self.guest.knowledge.report(&name, violation, &self.domain);
-        report.at_ns = monotonic_ns();
-        report.device_lost = device_lost.map(|lost| lost.to_string());
+        let mut failed = self.guest.knowledge.failed(&name, violation, &self.domain);
+        failed.at_ns = monotonic_ns();
+        failed.device_lost = device_lost.map(|lost| lost.to_string());
         let failure = Failure {
-            report,
+            failed,
             attempt: Attempt::FIRST,
             entry,
             ended: Instant::now(),

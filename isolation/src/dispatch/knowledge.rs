@@ -1,12 +1,10 @@
 //! What is known of the guest for one module.
 
-use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use iced_x86::{Formatter, GasFormatter};
-
 use crate::attach::kernel_functions;
+use crate::dispatch::failed::Failed;
 use crate::domain::Domain;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::transaction::AbortPhases;
@@ -15,13 +13,9 @@ use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::fault_tables::FaultTables;
 use crate::guest::modules::ModuleLayout;
 use crate::guest::stack::InterruptStack;
-use crate::guest::symbols::SymbolTable;
-use crate::status::report::{Told, ViolationReport};
+use crate::guest::symbols::{KERNEL_IMAGE, MODULES_END, SymbolTable};
+use crate::status::report::Told;
 
-/// Start of the kernel image's mapping (`__START_KERNEL_map`).
-pub(super) const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
-/// End of the area that holds the image and all modules (`MODULES_END`).
-pub(super) const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
 /// Addresses below belong to user space.
 pub(super) const USER_END: u64 = 0x0000_8000_0000_0000;
 
@@ -136,24 +130,19 @@ impl Knowledge {
         }
     }
 
-    /// Gives a violation names.
-    pub fn report(&self, entry: &str, violation: Violation, domain: &Domain) -> ViolationReport {
-        let touched = violation.touched().and_then(|address| self.name(address));
+    /// What there is to say of a violation of a call of `entry`.
+    pub fn failed(&self, entry: &str, violation: Violation, domain: &Domain) -> Failed {
+        let touched = violation.touched();
+        let touched = touched.and_then(|address| self.symbols.name_of(address));
         let stays = match &violation.published {
             Some(Published::Stays(stays)) => Some(self.why_it_stays(stays)),
             _ => None,
         };
-        ViolationReport {
+        Failed {
             stays,
             entry: entry.to_owned(),
-            at: self.place(violation.rip),
-            instruction: disassemble(domain, violation.rip),
+            instruction: domain.instruction(violation.rip),
             touched,
-            call_chain: violation
-                .crossings
-                .iter()
-                .filter_map(|return_address| self.name(return_address.wrapping_sub(1)))
-                .collect(),
             violation,
             at_ns: 0,
             phases: AbortPhases::default(),
@@ -161,24 +150,6 @@ impl Knowledge {
             image: None,
             told: Told::Error,
         }
-    }
-
-    /// An address in the kernel image or a module with its symbol, any other as a number.
-    pub fn place(&self, va: u64) -> String {
-        self.name(va).unwrap_or_else(|| format!("{va:#x}"))
-    }
-
-    /// `symbol+offset [module]` for addresses of the kernel image and of modules.
-    fn name(&self, va: u64) -> Option<String> {
-        if !(KERNEL_IMAGE..MODULES_END).contains(&va) {
-            return None;
-        }
-        let (symbol, offset) = self.symbols.lookup(Gva(va))?;
-        let module = symbol
-            .module
-            .map(|module| format!(" [{module}]"))
-            .unwrap_or_default();
-        Some(format!("{}+{offset:#x}{module}", symbol.name))
     }
 
     /// Whether the driver may write at `va`. Memory that is not the kernel image's or a module's
@@ -200,22 +171,4 @@ impl Knowledge {
         }
         va >= USER_END
     }
-}
-
-/// The instruction at `va` as the domain has it; empty where there is none.
-fn disassemble(domain: &Domain, va: u64) -> String {
-    let Some(instruction) = domain.instruction(va) else {
-        return String::new();
-    };
-    if instruction.is_invalid() {
-        return "(bad)".into();
-    }
-    let mut text = String::new();
-    FORMATTER.with_borrow_mut(|formatter| formatter.format(&instruction, &mut text));
-    text
-}
-
-thread_local! {
-    /// To make one takes longer than the rest of a report: it makes the names of all registers.
-    static FORMATTER: RefCell<GasFormatter> = RefCell::new(GasFormatter::new());
 }

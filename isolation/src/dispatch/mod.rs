@@ -7,6 +7,7 @@
 //!                        ├── supervisor, platform: what the domain asks meanwhile
 //!                        ├── after_fault: what its failure means; fault: faults on purpose
 //!                        ├── call_trace: what happened, with times, for who asks
+//!                        ├── failed, reporter: what is said of failed calls, behind them
 //!                        └── taking_back, completing: what the guest calls then
 //! ```
 
@@ -16,10 +17,13 @@ pub mod call_trace;
 mod completing;
 mod domain_failure;
 mod due;
+pub(crate) mod failed;
+pub(crate) mod failures;
 pub mod fault;
 mod knowledge;
 pub(crate) mod overdue;
 mod platform;
+pub(crate) mod reporter;
 pub(crate) mod returning;
 mod run;
 pub(crate) mod serve;

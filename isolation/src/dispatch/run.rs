@@ -19,6 +19,7 @@ use crate::dispatch::armed::{
     Armed, AtGate, OpenCall, RETURN_GATE_OFFSET, arguments, may_be_taken_back,
 };
 use crate::dispatch::call_trace;
+use crate::dispatch::failed::Failed;
 use crate::dispatch::platform::Platform;
 use crate::dispatch::supervisor::{CallPolicy, CallSupervisor, KeepsFaults, Knowledge};
 use crate::domain::Domain;
@@ -34,7 +35,6 @@ use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 use crate::guest::stack::stack_around;
 use crate::policy::call::{CallMemory, MemoryBefore, STACK_ARGUMENTS};
-use crate::status::report::ViolationReport;
 
 /// Most calls that are in the guest at once; further ones that would have to go on there pass
 /// through. Each has a stack of its own, and no honest guest has as many in one driver.
@@ -227,17 +227,17 @@ impl Armed {
             }
             CallEnd::Committed => None,
             CallEnd::Aborted(violation) => {
-                let mut report = self.report(run, *violation);
+                let mut failed = self.found(run, *violation);
                 let took = phases.detect_ns + phases.keep_ns + phases.memory_ns + phases.device_ns;
-                report.at_ns = ended_ns.saturating_sub(took);
-                report.phases = phases;
-                report.image = image;
-                report.device_lost = device_lost
+                failed.at_ns = ended_ns.saturating_sub(took);
+                failed.phases = phases;
+                failed.image = image;
+                failed.device_lost = device_lost
                     .map(|lost| lost.to_string())
-                    .or_else(|| asleep(self.device.holdable.as_deref(), &report.violation));
-                self.trace_violation(&report);
+                    .or_else(|| asleep(self.device.holdable.as_deref(), &failed.violation));
+                self.trace_violation(&failed);
                 Some(Failure {
-                    report,
+                    failed,
                     attempt: run.attempt.after(time.own),
                     entry: run.entry,
                     ended,
@@ -291,7 +291,7 @@ impl Armed {
             tracing::debug!(
                 "{} goes on in the guest at {}: {}",
                 gate.entry.name,
-                self.guest.knowledge.place(regs.rip),
+                self.guest.knowledge.symbols.place_of(regs.rip),
                 reason.name()
             );
         }
@@ -305,24 +305,24 @@ impl Armed {
         regs
     }
 
-    /// Gives a violation names, and says what it touched.
-    fn report(&self, run: &Run<'_>, violation: Violation) -> ViolationReport {
+    /// What there is to say of a violation, with what it touched.
+    fn found(&self, run: &Run<'_>, violation: Violation) -> Failed {
         let name = self
             .gates
             .get(&run.gate)
             .map(|gate| gate.entry.name.as_str());
         let name = name.unwrap_or_default();
-        let mut report = self.guest.knowledge.report(name, violation, &self.domain);
-        if let (None, Some(policy)) = (&report.touched, &self.policy) {
+        let mut failed = self.guest.knowledge.failed(name, violation, &self.domain);
+        if let (None, Some(policy)) = (&failed.touched, &self.policy) {
             let memory = self.domain.memories().1;
             let virt = VirtMemory {
                 space: self.space(&run.at.sregs),
                 memory: &memory,
             };
-            let touched = report.violation.touched();
-            report.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
+            let touched = failed.violation.touched();
+            failed.touched = touched.and_then(|at| policy.whose(virt, Gva(at)));
         }
-        report
+        failed
     }
 }
 

@@ -3,7 +3,7 @@
 use devices::clock::monotonic_ns;
 use devices::dma::GuestMemory;
 
-use crate::dispatch::knowledge::{KERNEL_IMAGE, MODULES_END, USER_END};
+use crate::dispatch::knowledge::USER_END;
 use crate::dispatch::platform::Platform;
 use crate::domain::effects::KernelCall;
 use crate::domain::failing::Failing;
@@ -13,6 +13,7 @@ use crate::domain::supervisor::{Answer, Behind, HandOver, KernelExceptionVerdict
 use crate::domain::undo_log::Restorable;
 use crate::fault_image::{Keeper, Kept};
 use crate::guest::addr::{Gva, GvaRange};
+use crate::guest::symbols::{KERNEL_IMAGE, MODULES_END};
 use crate::policy::call::{CallMemory, DriverPolicy};
 use devices::hold::{Access, DeviceAddress, DeviceLost, DeviceState, HeldDevice};
 
@@ -395,12 +396,13 @@ impl Supervisor for CallSupervisor<'_> {
             return;
         };
         let violation = failing.violation.clone();
-        let mut report = self.knowledge.report(entry, violation, failing.domain);
-        report.at_ns = monotonic_ns();
-        if let (None, Some(CallPolicy { policy, memory })) = (&report.touched, &self.policy) {
-            let touched = report.violation.touched();
-            report.touched = touched.and_then(|at| policy.whose(memory.private, Gva(at)));
+        let mut failed = self.knowledge.failed(entry, violation, failing.domain);
+        failed.at_ns = monotonic_ns();
+        if let (None, Some(CallPolicy { policy, memory })) = (&failed.touched, &self.policy) {
+            let touched = failed.violation.touched();
+            failed.touched = touched.and_then(|at| policy.whose(memory.private, Gva(at)));
         }
+        let report = failed.named(&self.knowledge.symbols);
         self.kept = Some(keeper.keep(entry, &report, failing));
     }
 

@@ -10,9 +10,8 @@ use vm_memory::Bytes;
 
 use crate::compensation::guest_calls::{Failure, GuestCalls, write_stack};
 use crate::dispatch::after_fault::{AfterFault, FailedCall};
-use crate::dispatch::armed::Again;
-use crate::dispatch::armed::REPORTS_KEPT;
 use crate::dispatch::armed::{Armed, AtGate, RETURN_GATE_OFFSET, may_be_taken_back};
+use crate::dispatch::failures::Again;
 use crate::domain::journal::{Published, Stays};
 use crate::domain::list_links::{self, ChangedLinks};
 use crate::domain::transaction::DeviceStore;
@@ -53,7 +52,7 @@ impl Armed {
             if calling.has_called() {
                 let now = Instant::now();
                 let took = now.duration_since(failure.ended).as_nanos();
-                failure.report.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
+                failure.failed.phases.compensate_ns = u64::try_from(took).unwrap_or(u64::MAX);
                 failure.ended = now;
             }
             if calling.abandoned() > 0 {
@@ -61,7 +60,7 @@ impl Armed {
             } else if let Err(links) = put_lists_back(&failure.lists, virt) {
                 self.stays(&mut failure, Stays::List { links });
             }
-            let undone = !failure.report.violation.stays();
+            let undone = !failure.failed.violation.stays();
             self.failed(calling.gate, failure);
             if self.failures.again.is_some() {
                 write_stack(virt, entry.rsp, calling.finally.rip);
@@ -115,14 +114,15 @@ impl Armed {
             self.failed(gate, failure);
             // There is no caller to decide about.
             self.failures.again = None;
+            self.failures.nobody_runs_again();
         }
         self.let_device_go();
     }
 
     /// Something of a failed call could not be taken back.
     fn stays(&self, failure: &mut Failure, stays: Stays) {
-        failure.report.stays = Some(self.guest.knowledge.why_it_stays(&stays));
-        failure.report.violation.published = Some(Published::Stays(stays));
+        failure.failed.stays = Some(self.guest.knowledge.why_it_stays(&stays));
+        failure.failed.violation.published = Some(Published::Stays(stays));
     }
 
     /// Lets the device interrupt again once no call is being taken back any more: until then its
@@ -156,10 +156,10 @@ impl Armed {
         }
     }
 
-    /// Keeps the report of a call that failed and asks what becomes of it.
+    /// Asks what becomes of a call that failed, which is told of when its caller runs again.
     pub(crate) fn failed(&mut self, gate: u64, failure: Failure) {
         let Failure {
-            mut report,
+            mut failed,
             attempt,
             entry,
             ended,
@@ -172,30 +172,31 @@ impl Armed {
             (gate.aborted.value == AbortValue::Nothing, in_a_row)
         });
         let mut decided = self.failures.policy.after_fault(&FailedCall {
-            report: &report,
+            entry: &failed.entry,
+            violation: &failed.violation,
+            device_lost: failed.device_lost.is_some(),
             attempts: attempt.number,
             unheard: unheard || returns_nothing,
-            out_of_time: report.violation.kind == ViolationKind::TimeBudget,
+            out_of_time: failed.violation.kind == ViolationKind::TimeBudget,
             in_a_row,
         });
         // What is in the guest of it would be done twice, and a device that was lost is not as
         // before. Without a domain there is nowhere to run it.
-        let domain_failed = report.violation.kind == ViolationKind::DomainFailed;
-        let undone = !report.violation.stays() && report.device_lost.is_none() && !domain_failed;
+        let domain_failed = failed.violation.kind == ViolationKind::DomainFailed;
+        let undone = !failed.violation.stays() && failed.device_lost.is_none() && !domain_failed;
         if !undone && decided == AfterFault::Retry {
             decided = AfterFault::ReturnError;
         }
         if let Some(gate) = self.gates.get_mut(&gate) {
-            gate.entry.count_failure(&report.violation, &report.phases);
+            gate.entry.count_failure(&failed.violation, &failed.phases);
             gate.entry.retries += u64::from(decided == AfterFault::Retry);
         }
-        report.told = match decided {
+        failed.told = match decided {
             AfterFault::Retry => Told::RunAgain,
             _ if domain_failed => Told::GuestRuns,
             _ if returns_nothing => Told::Nothing,
             _ => Told::Error,
         };
-        tracing::warn!("{report}");
         self.failures.again = (decided == AfterFault::Retry).then_some(Again {
             gate,
             attempt: attempt.next(),
@@ -206,23 +207,7 @@ impl Armed {
             AfterFault::Stop => self.stop(),
             AfterFault::ReturnError | AfterFault::Retry => {}
         }
-        self.failures.violations += 1;
-        self.failures.rolled_back = Some(ended);
-        if self.failures.reports.len() >= REPORTS_KEPT {
-            self.failures.reports.pop_front();
-        }
-        self.failures.reports.push_back(report);
-    }
-
-    /// Completes the report of a call that failed just now.
-    pub(crate) fn caller_runs_again(&mut self) {
-        if let (Some(since), Some(report)) = (
-            self.failures.rolled_back.take(),
-            self.failures.reports.back_mut(),
-        ) {
-            report.phases.returned_ns =
-                u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        }
+        self.failures.add(failed, ended);
     }
 }
 

@@ -75,14 +75,6 @@ pub struct ViolationReport {
     pub told: Told,
 }
 
-impl ViolationReport {
-    /// Whether it was the domain that failed, and not the driver: the module is not isolated any
-    /// more.
-    pub fn domain_failed(&self) -> bool {
-        self.violation.kind == ViolationKind::DomainFailed
-    }
-}
-
 impl fmt::Display for ViolationReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

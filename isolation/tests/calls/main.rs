@@ -405,7 +405,7 @@ struct OfDomain(Arc<Mutex<Vec<bool>>>);
 
 impl FaultPolicy for OfDomain {
     fn after_fault(&mut self, call: &FailedCall<'_>) -> AfterFault {
-        self.0.lock().unwrap().push(call.report.domain_failed());
+        self.0.lock().unwrap().push(call.domain_failed());
         AfterFault::Retry
     }
 }

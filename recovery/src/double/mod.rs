@@ -228,13 +228,19 @@ pub(crate) fn report(entry: &str) -> ViolationReport {
 fn fail(policy: &mut dyn FaultPolicy, kind: ViolationKind) -> AfterFault {
     let mut report = report("xmit");
     report.violation.kind = kind;
-    policy.after_fault(&FailedCall {
-        report: &report,
+    let decided = policy.after_fault(&FailedCall {
+        entry: &report.entry,
+        violation: &report.violation,
+        device_lost: false,
         attempts: 1,
         unheard: false,
         out_of_time: false,
         in_a_row: false,
-    })
+    });
+    if let Some(listener) = policy.listener() {
+        listener(&report);
+    }
+    decided
 }
 
 fn refused(what: &str) -> ClientError {
@@ -279,6 +285,8 @@ impl LiveGuest for Double {
             ..Isolated::default()
         })
     }
+
+    fn settle_reports(&self) {}
 
     fn release(&self, module: &str) -> anyhow::Result<ModuleStatus> {
         ensure!(self.world().policy.is_some(), "not isolated");

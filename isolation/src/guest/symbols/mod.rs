@@ -20,6 +20,11 @@ pub use table::{Symbol, SymbolTable, SymbolTableBuilder, TooManySymbols};
 /// Longest line of `/proc/kallsyms` that is looked at, in bytes (`KSYM_NAME_LEN` is 512).
 const MAX_LINE: u64 = 1024;
 
+/// Start of the kernel image's mapping (`__START_KERNEL_map`).
+pub(crate) const KERNEL_IMAGE: u64 = 0xffff_ffff_8000_0000;
+/// End of the area that holds the image and all modules (`MODULES_END`).
+pub(crate) const MODULES_END: u64 = 0xffff_ffff_ff00_0000;
+
 /// A line of `/proc/kallsyms`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Line<'a> {

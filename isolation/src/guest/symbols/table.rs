@@ -3,8 +3,8 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
-use super::Line;
 use super::image::TableSymbols;
+use super::{KERNEL_IMAGE, Line, MODULES_END};
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::cold::{ColdBytes, ColdRows};
 use crate::guest::names::{NameIndex, NameIndexBuilder};
@@ -217,6 +217,24 @@ pub struct SymbolTable {
 }
 
 impl SymbolTable {
+    /// `symbol+offset [module]` for addresses of the kernel image and of modules.
+    pub fn name_of(&self, va: u64) -> Option<String> {
+        if !(KERNEL_IMAGE..MODULES_END).contains(&va) {
+            return None;
+        }
+        let (symbol, offset) = self.lookup(Gva(va))?;
+        let module = symbol
+            .module
+            .map(|module| format!(" [{module}]"))
+            .unwrap_or_default();
+        Some(format!("{}+{offset:#x}{module}", symbol.name))
+    }
+
+    /// The same; a number for any other address.
+    pub fn place_of(&self, va: u64) -> String {
+        self.name_of(va).unwrap_or_else(|| format!("{va:#x}"))
+    }
+
     /// Gives up the memory of what was looked at until now.
     pub fn cool(&self) {
         self.records.cool();
