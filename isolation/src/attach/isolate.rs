@@ -313,7 +313,9 @@ impl Prepared {
             space,
             memory: &**memory,
         };
-        self.is_current(&registers.sregs, &virt)
+        let is_current = self.is_current(&registers.sregs, &virt)?;
+        self.domain.rehearse()?;
+        Ok(is_current)
     }
 
     /// Whether the guest is as it was when all this was read. Only of one that is stopped it says

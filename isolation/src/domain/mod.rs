@@ -45,6 +45,7 @@ mod page;
 mod places;
 pub mod private_vm;
 pub mod recorder;
+mod rehearsal;
 pub mod roots;
 mod stale;
 mod strike;

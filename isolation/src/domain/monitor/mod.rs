@@ -43,6 +43,7 @@ pub use trampolines::JournalPoint;
 mod asked;
 mod exceptions;
 mod handed_over;
+mod touch;
 mod trampolines;
 
 const VECTORS: u64 = 1;
@@ -403,6 +404,8 @@ impl Monitor {
             self.put_code(at, &code);
         }
         self.put_code(self.exit_stub(), &out_and_halt(PORT_RETURN));
+        let touch = self.touch_code()?;
+        self.put_code(self.touch_stub(), &touch);
         self.put_code(
             self.callback_return_stub(),
             &out_and_halt(PORT_CALLBACK_RETURN),
