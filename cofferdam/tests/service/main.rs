@@ -22,6 +22,7 @@ mod devices;
 mod documents;
 mod events;
 mod guests;
+mod looks;
 mod made_up;
 mod network;
 mod over_tcp;
