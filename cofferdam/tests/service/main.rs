@@ -27,6 +27,7 @@ mod made_up;
 mod network;
 mod over_tcp;
 mod page;
+mod perfetto;
 mod scripted;
 mod sockets;
 mod upgraded;
