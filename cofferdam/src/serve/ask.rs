@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
-use super::kept::Kept;
+use super::kept::{Asked, Kept};
 use super::problem::{Code, Problem};
-use crate::control::client::{ANSWER_TIME, Connection, ControlClient};
+use crate::control::client::{ANSWER_TIME, AskError, Connection, ControlClient};
 use crate::control::protocol::{Reply, Request, Status};
 use crate::device::protocol::{DeviceProtocol, Reply as DeviceReply, Request as DeviceRequest};
 use crate::options::VmName;
@@ -78,17 +78,30 @@ impl Asks {
 
     /// Asks the guest `name` how it is, over a connection that is kept for the next time.
     pub async fn status(&self, name: &VmName) -> Result<Status, Problem> {
-        let (root, name, kept) = (self.root.clone(), name.clone(), self.kept.clone());
-        let reply = self.block(move || {
-            kept.ask(&name, &Request::Status {}, || {
-                let vm = guest(&root, &name)?;
-                Ok::<_, Problem>(ControlClient::to(&vm, ANSWER_TIME)?)
-            })
-        });
-        match reply.await? {
-            Reply::Status(status) => Ok(*status),
-            other => Err(Problem::unexpected(&other)),
-        }
+        let request = Request::Status {};
+        let begun = match self.kept.ask(name, &request).await {
+            Asked::Answered(reply) => return status_of(reply),
+            Asked::Refused(why) => return Err(anyhow::Error::from(AskError::Refused(why)).into()),
+            Asked::Begun(client, line) => Some((client, line)),
+            Asked::Nobody => None,
+        };
+        let (root, asked) = (self.root.clone(), name.clone());
+        let ask = move || {
+            let mut client = match begun {
+                Some((mut client, line)) => match client.go_on(&request, line) {
+                    Ok(reply) => return Ok((reply, client)),
+                    Err(error) if is_answer_enough(&error) => return Err(error.into()),
+                    // Its process has ended meanwhile: who has the name now?
+                    Err(_) => ControlClient::to(&guest(&root, &asked)?, ANSWER_TIME)?,
+                },
+                None => ControlClient::to(&guest(&root, &asked)?, ANSWER_TIME)?,
+            };
+            let reply = client.ask(&request)?;
+            Ok((reply, client))
+        };
+        let (reply, client) = self.block(ask).await?;
+        self.kept.keep(name, client);
+        status_of(reply)
     }
 
     /// Closes connections that have not been used for `age`.
@@ -120,6 +133,21 @@ impl Asks {
         })
         .await
     }
+}
+
+fn status_of(reply: Reply) -> Result<Status, Problem> {
+    match reply {
+        Reply::Status(status) => Ok(*status),
+        other => Err(Problem::unexpected(&other)),
+    }
+}
+
+/// Whether the guest's process is there, so that another connection would change nothing.
+fn is_answer_enough(error: &anyhow::Error) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(AskError::Refused(_) | AskError::Silent(_))
+    )
 }
 
 /// The guest `name`, if it runs.

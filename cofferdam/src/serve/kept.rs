@@ -5,15 +5,25 @@
 //! few of them, and with its guest: one that comes back under the same name has another socket.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::control::client::{AskError, ControlClient};
-use crate::control::protocol::{Reply, Request};
+use tokio::net::UnixStream;
+
+use crate::control::client::{self, ControlClient};
+use crate::control::protocol::{Answer, Reply, Request};
 use crate::options::VmName;
 
 /// Connections that are kept at most, one of each guest.
 const MAX_KEPT: usize = 64;
+
+/// How long an answer is waited for without a thread: one that is there sooner has needed none, and
+/// to wake one takes as long as the answer.
+const SOON: Duration = Duration::from_millis(200);
+
+/// Longest answer that is read without a thread, in bytes: what is longer holds up other requests.
+const SHORT: usize = 64 << 10;
 
 /// Those that nobody uses.
 #[derive(Debug, Clone, Default)]
@@ -22,38 +32,123 @@ pub struct Kept(Arc<Mutex<BTreeMap<VmName, Idle>>>);
 /// One of them.
 #[derive(Debug)]
 struct Idle {
-    client: ControlClient,
+    connection: Connection,
     since: Instant,
 }
 
-impl Kept {
-    /// Asks the guest `name` over the connection that is kept, if there is one, else over the one
-    /// that `connect` makes, and keeps it if it was answered. The request is asked twice where a
-    /// connection ends before it was answered: it has to be one that changes nothing.
-    ///
+/// A connection that can be waited for without a thread.
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    asked: client::Asked,
+}
+
+impl Connection {
     /// # Errors
-    /// Those of [`ControlClient::ask`], and of `connect`.
-    pub fn ask<E: From<anyhow::Error>>(
-        &self,
-        name: &VmName,
-        request: &Request,
-        connect: impl FnOnce() -> Result<ControlClient, E>,
-    ) -> Result<Reply, E> {
-        if let Some(mut client) = self.take(name) {
-            match client.ask(request) {
-                Ok(reply) => {
-                    self.keep(name, client);
-                    return Ok(reply);
-                }
-                Err(error) if is_answer_enough(&error) => return Err(error.into()),
-                // Its process has ended, or has closed it: who has the name now?
-                Err(error) => tracing::debug!(%name, "a connection that was kept: {error:#}"),
+    /// There is nothing to wait with, or something has come that nobody has asked for.
+    fn of(client: ControlClient) -> io::Result<Self> {
+        let parts = client.into_parts().ok_or(io::ErrorKind::InvalidData)?;
+        let (stream, asked) = parts;
+        stream.set_nonblocking(true)?;
+        let stream = UnixStream::from_std(stream)?;
+        Ok(Self { stream, asked })
+    }
+
+    /// One that a thread waits for.
+    fn into_client(self) -> io::Result<ControlClient> {
+        let stream = self.stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        Ok(ControlClient::of_parts(stream, self.asked))
+    }
+
+    /// Sends a request, if nothing has come that nobody asked for: that would be taken for its
+    /// answer.
+    async fn send(&self, request: &Request) -> io::Result<()> {
+        // What this thread has heard of the connection until now is not known to be all.
+        self.stream.writable().await?;
+        match self.stream.try_read(&mut [0; 1]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
+        }
+        let line = request.line();
+        match self.stream.try_write(line.as_bytes())? == line.len() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
+    /// Reads on in a line, to its end. `false` if there is more of it than is read here.
+    async fn read_line(&self, line: &mut Vec<u8>) -> io::Result<bool> {
+        loop {
+            self.stream.readable().await?;
+            let mut bytes = [0; 8 << 10];
+            let read = match self.stream.try_read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                read => read?,
+            };
+            let bytes = bytes.get(..read).unwrap_or_default();
+            if bytes.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            line.extend_from_slice(bytes);
+            match bytes.iter().position(|byte| *byte == b'\n') {
+                Some(end) if end + 1 < bytes.len() => return Err(io::ErrorKind::InvalidData.into()),
+                Some(_) => return Ok(true),
+                None if line.len() >= SHORT => return Ok(false),
+                None => {}
             }
         }
-        let mut client = connect()?;
-        let reply = client.ask(request)?;
-        self.keep(name, client);
-        Ok(reply)
+    }
+}
+
+/// What became of a request.
+#[derive(Debug)]
+pub enum Asked {
+    /// It was answered.
+    Answered(Reply),
+    /// It was refused, with this reason.
+    Refused(String),
+    /// It was sent, and this much of the answer has come: the rest is to be waited for.
+    Begun(ControlClient, Vec<u8>),
+    /// Nobody could be asked over a connection that is there: another has to be made. The request
+    /// may have been sent, so that it has to be one that changes nothing.
+    Nobody,
+}
+
+impl Kept {
+    /// Asks the guest `name` over the connection that is kept, if there is one, and waits no longer
+    /// for the answer than other requests can wait for this thread.
+    pub async fn ask(&self, name: &VmName, request: &Request) -> Asked {
+        let Some(connection) = self.take(name) else {
+            return Asked::Nobody;
+        };
+        let asked = over(&connection, request).await;
+        if let Err(error) = &asked {
+            // Its process has ended, or has closed it: who has the name now?
+            tracing::debug!(%name, "a connection that was kept: {error}");
+        }
+        match asked {
+            Ok(Heard::Reply(reply)) => {
+                self.put(name, connection);
+                Asked::Answered(reply)
+            }
+            Ok(Heard::Refusal(why)) => Asked::Refused(why),
+            Ok(Heard::Begin(line)) => match connection.into_client() {
+                Ok(client) => Asked::Begun(client, line),
+                Err(_) => Asked::Nobody,
+            },
+            Err(_) => Asked::Nobody,
+        }
+    }
+
+    /// Keeps a connection that was answered.
+    pub fn keep(&self, name: &VmName, client: ControlClient) {
+        match Connection::of(client) {
+            Ok(connection) => self.put(name, connection),
+            Err(error) => tracing::debug!(%name, "a connection is not kept: {error}"),
+        }
     }
 
     /// Closes those that have not been used for `age`.
@@ -61,15 +156,15 @@ impl Kept {
         self.lock().retain(|_, idle| idle.since.elapsed() < age);
     }
 
-    fn take(&self, name: &VmName) -> Option<ControlClient> {
-        self.lock().remove(name).map(|idle| idle.client)
+    fn take(&self, name: &VmName) -> Option<Connection> {
+        self.lock().remove(name).map(|idle| idle.connection)
     }
 
-    fn keep(&self, name: &VmName, client: ControlClient) {
+    fn put(&self, name: &VmName, connection: Connection) {
         let mut kept = self.lock();
         if kept.len() < MAX_KEPT || kept.contains_key(name) {
             let since = Instant::now();
-            kept.insert(name.clone(), Idle { client, since });
+            kept.insert(name.clone(), Idle { connection, since });
         }
     }
 
@@ -78,17 +173,36 @@ impl Kept {
     }
 }
 
-/// Whether the guest's process is there, so that another connection would change nothing.
-fn is_answer_enough(error: &anyhow::Error) -> bool {
-    matches!(
-        error.downcast_ref(),
-        Some(AskError::Refused(_) | AskError::Silent(_))
-    )
+/// What came soon.
+enum Heard {
+    Reply(Reply),
+    Refusal(String),
+    /// This much of an answer's line.
+    Begin(Vec<u8>),
+}
+
+/// Asks and hears what comes soon.
+async fn over(connection: &Connection, request: &Request) -> io::Result<Heard> {
+    let mut line = Vec::new();
+    let soon = async {
+        connection.send(request).await?;
+        connection.read_line(&mut line).await
+    };
+    match tokio::time::timeout(SOON, soon).await {
+        Ok(Ok(true)) => {}
+        Ok(Ok(false)) | Err(_) => return Ok(Heard::Begin(line)),
+        Ok(Err(error)) => return Err(error),
+    }
+    Ok(match serde_json::from_slice(&line)? {
+        Answer::Ok(reply) => Heard::Reply(reply),
+        Answer::Error(why) => Heard::Refusal(why),
+        // It has only begun.
+        Answer::Progress(_) => Heard::Begin(Vec::new()),
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::io::{BufRead, BufReader, Write};
     use std::os::unix::net::UnixListener;
     use std::path::Path;
@@ -114,49 +228,115 @@ mod tests {
     const REFUSED: &str = r#"{"error":"no"}"#;
 
     /// Asks, and says how often a connection was made for it.
-    fn asked(kept: &Kept, path: &Path) -> (Result<Reply, anyhow::Error>, u32) {
+    async fn asked(kept: &Kept, path: &Path) -> (Result<Reply, String>, u32) {
         let name = "web".parse().unwrap();
-        let made = Cell::new(0);
-        let reply = kept.ask(&name, &Request::Status {}, || {
-            made.set(made.get() + 1);
-            ControlClient::connect(path)
-        });
-        (reply, made.get())
+        let request = Request::Status {};
+        let (mut client, made) = match kept.ask(&name, &request).await {
+            Asked::Answered(reply) => return (Ok(reply), 0),
+            Asked::Refused(why) => return (Err(why), 0),
+            Asked::Begun(mut client, line) => {
+                let reply = client.go_on(&request, line).unwrap();
+                kept.keep(&name, client);
+                return (Ok(reply), 0);
+            }
+            Asked::Nobody => (ControlClient::connect(path).unwrap(), 1),
+        };
+        let reply = client.ask(&request).map_err(|error| error.to_string());
+        kept.keep(&name, client);
+        (reply, made)
     }
 
-    #[test]
-    fn a_connection_that_was_answered_is_used_again_and_another_made_when_its_process_has_ended() {
+    #[tokio::test]
+    async fn a_connection_that_was_answered_is_used_again_and_another_made_when_its_process_has_ended()
+     {
         let dir = tempfile::tempdir().unwrap();
         let (first, next) = (dir.path().join("first"), dir.path().join("next"));
         let kept = Kept::default();
         let process = guest(&first, &[DONE, DONE, REFUSED]);
         for made in [1, 0] {
-            let (reply, times) = asked(&kept, &first);
-            assert_eq!((reply.unwrap(), times), (Reply::Done {}, made));
+            let asked = asked(&kept, &first).await;
+            assert_eq!(asked, (Ok(Reply::Done {}), made));
         }
         // A refusal is an answer: nobody else is asked.
-        let (reply, times) = asked(&kept, &first);
-        assert_eq!((reply.unwrap_err().to_string().as_str(), times), ("no", 0));
+        assert_eq!(asked(&kept, &first).await, (Err("no".to_owned()), 0));
         process.join().unwrap();
         let process = guest(&next, &[DONE]);
-        let (reply, times) = asked(&kept, &next);
-        assert_eq!((reply.unwrap(), times), (Reply::Done {}, 1));
+        assert_eq!(asked(&kept, &next).await, (Ok(Reply::Done {}), 1));
         process.join().unwrap();
         // What is kept has ended; another process has the name.
         let again = dir.path().join("again");
         let process = guest(&again, &[DONE]);
-        let (reply, times) = asked(&kept, &again);
-        assert_eq!((reply.unwrap(), times), (Reply::Done {}, 1));
+        assert_eq!(asked(&kept, &again).await, (Ok(Reply::Done {}), 1));
         process.join().unwrap();
     }
 
-    #[test]
-    fn one_that_nobody_uses_is_closed() {
+    #[tokio::test]
+    async fn an_answer_that_comes_late_or_in_pieces_or_with_progress_is_waited_for() {
+        for pieces in [
+            &[DONE, "\n"][..],
+            &[r#"{"ok":{"#, r#""reply":"done"}}"#, "\n"],
+            &["{\"progress\":\"at it\"}\n", DONE, "\n"],
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("control.sock");
+            let kept = Kept::default();
+            let listener = UnixListener::bind(&path).unwrap();
+            let process = std::thread::spawn(move || {
+                let (stream, _) = listener.accept().unwrap();
+                let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                lines.next().unwrap().unwrap();
+                (&stream).write_all(format!("{DONE}\n").as_bytes()).unwrap();
+                lines.next().unwrap().unwrap();
+                for piece in pieces {
+                    std::thread::sleep(SOON + SOON / 2);
+                    (&stream).write_all(piece.as_bytes()).unwrap();
+                }
+                // The next one is answered at once, over the same connection.
+                lines.next().unwrap().unwrap();
+                (&stream).write_all(format!("{DONE}\n").as_bytes()).unwrap();
+            });
+            for made in [1, 0, 0] {
+                let asked = asked(&kept, &path).await;
+                assert_eq!(asked, (Ok(Reply::Done {}), made), "{pieces:?}");
+            }
+            process.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asked_for_is_no_answer_to_the_next() {
+        const OTHER: &str = r#"{"error":"of before"}"#;
+        for unasked in [
+            // A whole line behind the answer, and the beginning of one.
+            format!("{DONE}\n{OTHER}\n"),
+            format!("{DONE}\n{OTHER}"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("control.sock");
+            let kept = Kept::default();
+            let listener = UnixListener::bind(&path).unwrap();
+            let process = std::thread::spawn(move || {
+                for answer in [&unasked, &format!("{DONE}\n")] {
+                    let (stream, _) = listener.accept().unwrap();
+                    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+                    lines.next().unwrap().unwrap();
+                    (&stream).write_all(answer.as_bytes()).unwrap();
+                }
+            });
+            for _ in 0..2 {
+                assert_eq!(asked(&kept, &path).await, (Ok(Reply::Done {}), 1));
+            }
+            process.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_nobody_uses_is_closed() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control.sock");
         let kept = Kept::default();
         let process = guest(&path, &[DONE]);
-        asked(&kept, &path).0.unwrap();
+        asked(&kept, &path).await.0.unwrap();
         kept.close_idle(Duration::from_secs(3600));
         assert_eq!(kept.lock().len(), 1);
         kept.close_idle(Duration::ZERO);

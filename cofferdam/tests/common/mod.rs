@@ -48,3 +48,16 @@ pub const ECHO_CODE: [u8; 17] = [
     0xee, // out dx, al
     0xeb, 0xef, // jmp to the start
 ];
+
+/// Waits for the power button (`vmm::power`), and turns the machine off then.
+pub const OBEDIENT_CODE: [u8; 19] = [
+    0x66, 0xba, 0x04, 0x06, // mov dx, 0x604 (events)
+    0xec, // in al, dx
+    0xa8, 0x01, // test al, 1 (power button)
+    0x74, 0xf7, // jz to the start
+    0x66, 0xba, 0x00, 0x06, // mov dx, 0x600 (sleep control)
+    0xb0, 0x34, // mov al, SLP_EN and S5
+    0xee, // out dx, al
+    0xf4, // hlt
+    0xeb, 0xfd, // jmp to hlt
+];

@@ -141,7 +141,8 @@ pub fn script(place: &Place) -> (VmDir, Arc<Script>) {
     (dir, script)
 }
 
-fn claim(place: &Place) -> VmDir {
+/// The folder of a guest called "script".
+pub fn claim(place: &Place) -> VmDir {
     let root = RuntimeRoot::new(place.path("run"));
     root.claim(&"script".parse().unwrap()).unwrap()
 }

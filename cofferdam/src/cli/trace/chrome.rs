@@ -1,8 +1,11 @@
 //! A trace in the format of Chrome's `about:tracing`, which Perfetto opens, too ("Trace Event
 //! Format", Google, section "JSON Object Format").
 //!
-//! A call is a `B` and an `E` on the line of the guest's vCPU, with its phases as `X` in between;
-//! what the private VM ran is `X` on the domain's line; what happened at one moment is `i`.
+//! A call is a `B` and an `E` on the line of the guest's vCPU, with its phases as such in between;
+//! what the private VM ran is on the domain's line; what happened at one moment is `i`.
+//!
+//! Nothing is an `X`, which has its begin and its length: Perfetto takes the `E` of a call for a
+//! misplaced one where an `X` ends at the same time.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -155,8 +158,8 @@ impl Recorded {
         for span in spans(call) {
             let is_inside = span.phase == Phase::Domain;
             let on = if is_inside { DOMAIN } else { line };
-            let mut phase = event("X", &self.name(&span), on, span.begin_ns, json!({}));
-            phase["dur"] = json!(span.end_ns.saturating_sub(span.begin_ns) as f64 / 1000.0);
+            let name = self.name(&span);
+            let mut phase = event("B", &name, on, span.begin_ns, json!({}));
             if let Some(Happened::Ended(how)) = span.events.first().map(|first| first.what) {
                 phase["args"] = json!({"ended": how});
             }
@@ -169,6 +172,7 @@ impl Recorded {
                 moment["s"] = json!("t");
                 events.push(moment);
             }
+            events.push(event("E", &name, on, span.end_ns, json!({})));
         }
         events.push(event("E", &call.function, line, last.at_ns, json!({})));
     }

@@ -6,6 +6,12 @@
     reason = "a test ends where something unexpected happens"
 )]
 
+#[path = "../common/mod.rs"]
+mod common;
+
+mod system;
+mod units;
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
