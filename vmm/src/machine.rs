@@ -20,6 +20,7 @@ use crate::hotplug::Hotplug;
 use crate::irq::{Gsi, GsiRouting, LineInput};
 use crate::lifecycle::Requests;
 use crate::memory::GuestRam;
+use crate::outside::Outside;
 use crate::panic::PanicDevice;
 use crate::participant::Participant;
 use crate::power::{EVENT_GENERATION, PowerDevice};
@@ -106,6 +107,8 @@ pub(crate) struct Machine {
     pub resets: AtomicU64,
     pub reset_hooks: Mutex<Vec<ResetHook>>,
     pub participants: Mutex<Vec<Arc<dyn Participant>>>,
+    /// Who writes its memory beside this process.
+    pub outside: Mutex<Option<Arc<dyn Outside>>>,
 }
 
 impl Machine {

@@ -151,6 +151,7 @@ impl Vm {
             resets: AtomicU64::new(0),
             reset_hooks: Mutex::new(Vec::new()),
             participants: Mutex::new(Vec::new()),
+            outside: Mutex::new(None),
             vm: vm.clone(),
             bar_slots,
             kvm,

@@ -308,7 +308,6 @@ fn snapshot(guest: &Running, dir: &Path) {
         parent: None,
         program: "test",
         track: false,
-        others_write: false,
         stop: false,
         limit: Duration::from_secs(20),
     };
@@ -316,7 +315,6 @@ fn snapshot(guest: &Running, dir: &Path) {
         Ok(Beside {
             vm: serde_json::Value::Null,
             instead: Vec::new(),
-            others: None,
         })
     };
     let taken = guest.handle.snapshot(&request, &mut |_| true, &mut beside);

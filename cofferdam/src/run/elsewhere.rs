@@ -1,9 +1,6 @@
 //! NICs that are not in this process write guest memory without it: what follows changes of memory,
-//! or works on a copy of it, does not see what they write. Until it does, the two exclude each
-//! other.
-//!
-//! A snapshot needs none of that: where a device host has the NIC, it has it stand still while all
-//! memory and its state are taken.
+//! does not see what they write. Snapshots, marks and rewinds do without: where a device host has the
+//! NIC, it has it stand still while all memory and its state are taken, or put back.
 
 use std::fmt::{self, Debug, Formatter};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,19 +8,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use devices::vfio_user::VfioUserFunction;
 
 use isolation::attach::Isolator;
-use vmm::snapshot::Others;
-use vmm::{Refused, VmHandle, VmState};
+use vmm::{Others, Outside, Refused, VmHandle, VmState};
 
-use super::nics::{GuestNic, Nics};
+use super::nics::Nics;
 
-/// That none of `nics` is elsewhere, so that the VM can be `done`.
+/// That each of `nics` that is elsewhere gives its state away, so that the VM can be `done`.
 ///
 /// # Errors
-/// Which one is.
-pub fn none(nics: &Nics, done: &str) -> Result<(), String> {
-    match nics.elsewhere() {
+/// Which one does not.
+pub fn give_state(nics: &Nics, done: &str) -> Result<(), String> {
+    let all = nics.all().into_iter();
+    let mut kept = all.filter(|nic| nic.is_elsewhere() && nic.remote.is_none());
+    match kept.next() {
         Some(nic) => Err(format!(
-            "the NIC at {} ({}) writes guest memory without this process: such a VM cannot be {done} yet",
+            "the NIC at {} ({}) is a function of the host, whose state is not taken: such a VM cannot be {done} yet",
             nic.address(),
             nic.config.nic.wire()
         )),
@@ -31,45 +29,40 @@ pub fn none(nics: &Nics, done: &str) -> Result<(), String> {
     }
 }
 
-/// Those of `nics` that are elsewhere, each of which can stand still while the VM is saved.
-///
-/// # Errors
-/// Which one cannot.
-pub fn that_can_be_saved(nics: &Nics) -> Result<Vec<GuestNic>, String> {
-    let all = nics.all().into_iter();
-    let elsewhere: Vec<_> = all.filter(GuestNic::is_elsewhere).collect();
-    match elsewhere.iter().find(|nic| nic.remote.is_none()) {
-        Some(nic) => Err(format!(
-            "the NIC at {} ({}) is a function of the host, whose state is not taken: such a VM cannot be saved yet",
-            nic.address(),
-            nic.config.nic.wire()
-        )),
-        None => Ok(elsewhere),
+/// Devices of a guest's NICs that are elsewhere.
+#[derive(Clone)]
+pub struct Elsewhere(pub Nics);
+
+impl Debug for Elsewhere {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str("NICs that are elsewhere")
     }
 }
 
-/// Has the devices of `nics` stand still, see [`that_can_be_saved`]: from here on they read and
-/// write no memory and do not interrupt. Nothing if there are none.
-///
-/// # Errors
-/// Which one does not, and why; the others go on.
-pub fn stand_still(nics: &[GuestNic]) -> Result<Option<Box<dyn Others>>, String> {
-    let mut still = Still(Vec::new());
-    for nic in nics {
-        let Some(function) = &nic.remote else {
-            continue;
-        };
-        let stopped = {
-            let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
-            function.stop()
-        };
-        stopped.map_err(|error| {
-            let (address, wire) = (nic.address(), nic.config.nic.wire());
-            format!("the NIC at {address} ({wire}) cannot be saved: {error}")
-        })?;
-        still.0.push(function.clone());
+impl Outside for Elsewhere {
+    fn writes(&self) -> bool {
+        self.0.elsewhere().is_some()
     }
-    Ok((!still.0.is_empty()).then(|| Box::new(still) as Box<dyn Others>))
+
+    fn stand_still(&self) -> Result<Option<Box<dyn Others>>, String> {
+        give_state(&self.0, "saved or taken back")?;
+        let mut still = Still(Vec::new());
+        for nic in self.0.all() {
+            let Some(function) = &nic.remote else {
+                continue;
+            };
+            let stopped = {
+                let mut function = function.lock().unwrap_or_else(PoisonError::into_inner);
+                function.stop()
+            };
+            stopped.map_err(|error| {
+                let (address, wire) = (nic.address(), nic.config.nic.wire());
+                format!("the NIC at {address} ({wire}) does not stand still: {error}")
+            })?;
+            still.0.push(function.clone());
+        }
+        Ok((!still.0.is_empty()).then(|| Box::new(still) as Box<dyn Others>))
+    }
 }
 
 /// Devices that stand still until this is dropped.

@@ -269,6 +269,8 @@ fn boot(
         vm.add_mouse();
     }
     let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    vm.handle()
+        .set_outside(Arc::new(elsewhere::Elsewhere(nics.clone())));
     steps.done("its devices are made");
     if let Some(saved) = &saved {
         put_into(&mut vm, saved, &nics, watch)?;

@@ -21,6 +21,7 @@ use vmm::{Refused, VmHandle};
 
 use faults::Code;
 
+use super::RunConfig;
 use super::isolation::Isolation;
 use super::kept_console::KeptConsole;
 use super::nics::Nics;
@@ -29,7 +30,6 @@ use super::plugging::Plugging;
 use super::resident::Counter;
 use super::saved::SavedVm;
 use super::summary::summary;
-use super::{RunConfig, elsewhere};
 use crate::control::protocol::{ConfigSummary, Reply, Request};
 use crate::control::server::Handler;
 use crate::error_text::chain;
@@ -107,13 +107,6 @@ impl VmService {
         })
     }
 
-    /// That nothing keeps the VM from being `done`: all of that works on single pages of memory
-    /// that only this process writes.
-    fn may_be(&self, done: &str) -> Result<(), String> {
-        elsewhere::none(&self.nics, done)?;
-        self.has_small_pages(done)
-    }
-
     fn console(&self, from: Option<u64>, wait: Duration) -> Reply {
         Reply::Console(self.told.console.read(from, wait.min(CONSOLE_TIME)))
     }
@@ -155,7 +148,6 @@ impl Handler for VmService {
                     program: concat!("cofferdam ", env!("CARGO_PKG_VERSION")),
                     track,
                     stop,
-                    others_write: false,
                     limit: machine::REST_TIME,
                 };
                 self.snapshot(&request, asker)

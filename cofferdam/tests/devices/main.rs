@@ -15,6 +15,7 @@ mod hellos;
 mod host;
 mod kills;
 mod kills_at_steps;
+mod marks;
 #[path = "../../../vmm/tests/nic/mod.rs"]
 mod nic;
 mod snapshots;

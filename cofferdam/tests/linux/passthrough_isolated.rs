@@ -101,7 +101,7 @@ fn the_driver_of_a_device_that_runs_by_itself_is_isolated_and_its_faults_are_tak
         &mut guest,
         "isolate guest e1000e --entries all --budget-us 10000000",
     );
-    refused(&mut guest, "mark guest", "writes guest memory");
+    refused(&mut guest, "mark guest", "cannot be marked");
     // The packets that were in its ring before it was isolated, and more. In small pieces: a step
     // has a limit.
     (0..4).for_each(|_| transfer(&mut guest, 2));

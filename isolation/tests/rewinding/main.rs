@@ -352,7 +352,6 @@ fn snapshot(guest: &Guest, dir: &Path, limit: Duration) -> Result<Taken, Capture
         program: "test",
         track: false,
         stop: false,
-        others_write: false,
         limit,
     };
     let mut beside = || {
@@ -360,7 +359,6 @@ fn snapshot(guest: &Guest, dir: &Path, limit: Duration) -> Result<Taken, Capture
         Ok(Beside {
             vm: serde_json::Value::Null,
             instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
-            others: None,
         })
     };
     guest.handle.snapshot(&request, &mut |_| true, &mut beside)

@@ -65,6 +65,9 @@ pub enum MarkError {
         /// Slots with another function.
         slots: Vec<u8>,
     },
+    /// Who writes guest memory beside this process does not stand still.
+    #[error("{0}")]
+    Others(String),
     /// A participant refuses.
     #[error("{who} cannot be marked now: {reason}")]
     Participant {

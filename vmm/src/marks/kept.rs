@@ -38,6 +38,8 @@ pub(crate) struct Marks {
     pub(super) tree: Tree<MarkState>,
     /// Most bytes of memory that are kept.
     pub(super) limit: u64,
+    /// Others have written guest memory since the first one, of whom nobody tells what.
+    pub(super) others_wrote: bool,
 }
 
 impl Marks {
@@ -46,6 +48,7 @@ impl Marks {
         Self {
             tree: Tree::default(),
             limit: memory_bytes.saturating_mul(2),
+            others_wrote: false,
         }
     }
 

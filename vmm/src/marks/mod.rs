@@ -12,14 +12,18 @@
 //! went by, and the host's wall clock is ahead of the guest's by as much. A KVM that cannot offset
 //! TSCs leaves them the host's.
 //!
+//! Of what others write, who have guest memory too ([`crate::Outside`]), nobody tells: they stand still
+//! meanwhile, and all of memory is compared.
+//!
 //! Marks are valid across resets of the guest: what a reset empties and loads has changed. They end
 //! with the machine.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::dirty::User;
+use crate::dirty::{PageSet, User};
 use crate::handle::VmHandle;
-use crate::memory::PAGE_BYTES;
+use crate::memory::{GuestRam, PAGE_BYTES};
 use crate::quiesce::Quiesced;
 use crate::refused::QuiesceError;
 
@@ -32,8 +36,9 @@ mod tree;
 pub use self::error::{MAX_MARKS, MarkError};
 pub use self::kept::MarkInfo;
 use self::kept::{MarkState, Marks};
-use self::pages::{Base, Delta, Pages};
+use self::pages::{Base, Delta, Pages, Places};
 pub use self::rewind::{RewindError, RewindPhases, Rewound};
+use self::tree::Tree;
 
 /// Longest name, in bytes.
 const MAX_NAME: usize = 64;
@@ -84,10 +89,15 @@ impl VmHandle {
             Ok::<_, MarkError>(tracker.start(User::Marks, &machine.vm, ram)?)
         })??;
         let mut base = Base::new(ram.size_bytes())?;
+        // Where others write, all of it is copied at rest.
+        let ahead = match self.others_write() {
+            true => Vec::new(),
+            false => ram.populated(),
+        };
         // From here on it is followed what changes: nobody has to touch what nobody has touched.
         let untouched = ram.untouched();
-        for range in ram.populated() {
-            for page in range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES) {
+        for range in &ahead {
+            for page in pages_of(range) {
                 let page = u32::try_from(page).map_err(|_| MarkError::NoMemory)?;
                 base.take_quietly(ram, page, untouched.as_ref())?;
                 marks.check(base.count())?;
@@ -95,9 +105,20 @@ impl VmHandle {
         }
         let left = deadline.saturating_duration_since(Instant::now());
         self.quiesce(left, |quiesced| {
+            let others = quiesced.others_rest().map_err(MarkError::Others)?;
             let state = quiesced.mark_state()?;
             let mut tracker = machine.dirty.lock();
             tracker.collect(ram)?;
+            marks.others_wrote = others.is_some();
+            if marks.others_wrote {
+                for range in ram.populated() {
+                    for page in pages_of(&range) {
+                        let page = u32::try_from(page).map_err(|_| MarkError::NoMemory)?;
+                        base.take(ram, page)?;
+                    }
+                    marks.check(base.count())?;
+                }
+            }
             if let Some(changed) = tracker.set(User::Marks) {
                 for &page in changed.pages() {
                     base.take(ram, page)?;
@@ -147,11 +168,16 @@ impl VmHandle {
 
 impl Quiesced<'_, '_> {
     fn mark(&mut self, marks: &mut Marks, name: &str) -> Result<tree::Id, MarkError> {
+        let others = self.others_rest().map_err(MarkError::Others)?;
         let state = self.mark_state()?;
         let ram = &self.machine.ram;
         let mut tracker = self.machine.dirty.lock();
         tracker.collect(ram)?;
         let changed = tracker.set(User::Marks).ok_or(MarkError::NoMark)?;
+        marks.others_wrote |= others.is_some();
+        if let (true, Some(current)) = (marks.others_wrote, marks.tree.current()) {
+            add_differing(ram, &marks.tree, current, changed);
+        }
         marks.check(changed.pages().len() as u64)?;
         let delta = Delta::take(ram, changed.pages().to_vec())?;
         changed.clear();
@@ -175,6 +201,23 @@ impl Quiesced<'_, '_> {
             machine: self.save()?,
             kept,
         })
+    }
+}
+
+/// Pages of `range`, which is in bytes.
+fn pages_of(range: &Range<u64>) -> Range<u64> {
+    range.start / PAGE_BYTES..range.end.div_ceil(PAGE_BYTES)
+}
+
+/// Adds the pages to `set` that are other than at mark `id`. What is not populated is as nobody has
+/// ever touched it.
+fn add_differing(ram: &GuestRam, tree: &Tree<MarkState>, id: tree::Id, set: &mut PageSet) {
+    let places = Places::of(ram);
+    for range in ram.populated() {
+        let pages = pages_of(&range).filter_map(|page| u32::try_from(page).ok());
+        for page in pages.filter(|page| !places.is(*page, tree.content(id, *page))) {
+            set.insert(page);
+        }
     }
 }
 

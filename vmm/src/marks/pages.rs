@@ -258,6 +258,24 @@ impl<'a> Places<'a> {
         })
     }
 
+    /// Whether `page` is what was found of it. The machine is at rest.
+    pub fn is(&self, page: u32, found: Found) -> bool {
+        let Some(from) = self.find(page) else {
+            return true;
+        };
+        let mut here = [0; PAGE];
+        // SAFETY: `from` is a whole mapped page of guest memory, which nobody writes while the machine
+        // is at rest and those outside stand still; one of them that writes all the same has other
+        // bytes compared.
+        unsafe { std::ptr::copy_nonoverlapping(from.cast_const(), here.as_mut_ptr(), PAGE) };
+        match found {
+            // SAFETY: a whole page that is kept, which nobody changes meanwhile.
+            Found::At(kept) => here == unsafe { std::slice::from_raw_parts(kept, PAGE) },
+            Found::Zero => here.iter().all(|&byte| byte == 0),
+            Found::Before => true,
+        }
+    }
+
     /// Makes `page` what was found of it. The machine is at rest.
     pub fn put(&self, page: u32, found: Found) {
         let Some(to) = self.find(page) else { return };

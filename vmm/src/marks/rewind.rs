@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::add_differing;
 use super::error::MarkError;
 use super::kept::{MarkState, Marks};
 use super::pages::Places;
@@ -151,6 +152,8 @@ impl Quiesced<'_, '_> {
             return Err(MarkError::NoMark.into());
         };
         self.fits(state)?;
+        // Until all is put back.
+        let others = self.others_rest().map_err(MarkError::Others)?;
         self.machine.requests.forget_guests();
         let mut phases = RewindPhases::default();
         let ram = &self.machine.ram;
@@ -158,6 +161,9 @@ impl Quiesced<'_, '_> {
         tracker.collect(ram).map_err(MarkError::State)?;
         let set = tracker.set(User::Marks).ok_or(MarkError::NoMark)?;
         marks.tree.add_path(target, set);
+        if marks.others_wrote || others.is_some() {
+            add_differing(ram, &marks.tree, target, set);
+        }
         phases.find_ns = watch.lap();
         let places = Places::of(ram);
         for &page in set.pages() {
@@ -186,6 +192,7 @@ impl Quiesced<'_, '_> {
                 .map_err(|reason| half_way(format!("{name}: {reason}")))?;
         }
         phases.participants_ns = watch.lap();
+        drop(others);
         Ok(Rewound {
             mark: name.clone(),
             pages,

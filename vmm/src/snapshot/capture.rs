@@ -7,12 +7,11 @@
 //!  changed meanwhile, some times over  │ what is beside ─► memory of this process      │
 //! ```
 //!
-//! Where somebody beside this process writes guest memory, all of it is copied at rest, when they are
-//! kept from it.
+//! Where somebody beside this process writes guest memory ([`crate::Outside`]), all of it is copied at
+//! rest, when they are kept from it; a diff has every page compared then.
 //!
 //! With the directory written beside its name, whoever looks finds all of the snapshot or nothing.
 
-use std::fmt::Debug;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -32,6 +31,7 @@ use crate::dirty::ChangedPages;
 use crate::error::Error;
 use crate::handle::VmHandle;
 use crate::memory::copying::{Copying, CopyingError, FEW_PAGES, ROUNDS};
+use crate::outside::Others;
 use crate::quiesce::{Quiesced, Stay};
 use crate::refused::QuiesceError;
 
@@ -43,15 +43,6 @@ pub struct Beside {
     /// What guest memory is to hold at some places instead of what it holds: whoever has patched
     /// the guest tells what was there before. By guest physical address.
     pub instead: Vec<(GuestAddress, Vec<u8>)>,
-    /// What keeps others from guest memory until all of it is taken, see
-    /// [`SnapshotRequest::others_write`].
-    pub others: Option<Box<dyn Others>>,
-}
-
-/// Who writes guest memory beside this process, and stands still. Dropped, they go on.
-pub trait Others: Debug {
-    /// The guest does not go on where it was saved, and so they do not either.
-    fn stay(self: Box<Self>);
 }
 
 /// A snapshot that is wanted.
@@ -68,9 +59,6 @@ pub struct SnapshotRequest<'a> {
     pub track: bool,
     /// The machine ends where the snapshot was taken.
     pub stop: bool,
-    /// Others write guest memory, of whom nothing tells what: all of it is copied at rest, where
-    /// [`Beside::others`] keeps them from it. A diff has every page compared then.
-    pub others_write: bool,
     /// How long the machine may take to come to rest.
     pub limit: Duration,
 }
@@ -119,7 +107,8 @@ impl VmHandle {
         beside: &mut dyn FnMut() -> Result<Beside, String>,
     ) -> Result<Taken, CaptureError> {
         let begun = Instant::now();
-        if request.others_write && request.track {
+        let others_write = self.others_write();
+        if others_write && request.track {
             return Err(CaptureError::NotTracked);
         }
         let parent = request.parent.map(Chain::open).transpose()?;
@@ -135,7 +124,7 @@ impl VmHandle {
         );
         let image = image.map_err(cannot_write())?;
         let mut copier = Copier::new(self.ram(), request.dir, image, parent.as_ref());
-        let copying = match request.others_write {
+        let copying = match others_write {
             true => None,
             false => self.copy_ahead(&mut copier, parent.as_ref(), request.limit, tell)?,
         };
@@ -258,11 +247,15 @@ impl VmHandle {
         beside: &mut dyn FnMut() -> Result<Beside, String>,
     ) -> Result<AtRest, CaptureError> {
         let begun = Instant::now();
-        let mut beside = beside().map_err(CaptureError::Beside)?;
+        let beside = beside().map_err(CaptureError::Beside)?;
+        let others = quiesced.others_rest().map_err(CaptureError::Beside)?;
+        if others.is_some() && request.track {
+            return Err(CaptureError::NotTracked);
+        }
         let machine = quiesced.save()?;
         let devices = quiesced.save_devices()?;
         // Nobody is asked any more: what is left is short, or cannot be had otherwise.
-        match copying {
+        match copying.filter(|_| others.is_none()) {
             Some(copying) => copier.copy_pages(&copying.changed()?, &mut |_| true)?,
             None => copier.copy_all(&mut |_| true)?,
         }
@@ -275,7 +268,7 @@ impl VmHandle {
         }
         Ok(AtRest {
             stay: request.stop.then(|| quiesced.stay()),
-            others: beside.others.take().filter(|_| request.stop),
+            others: others.filter(|_| request.stop),
             rest: begun.elapsed(),
             cpu: machine.cpu_model(),
             machine: machine.to_bytes().map_err(Error::from)?,

@@ -42,6 +42,9 @@ pub enum GoBackError {
     /// It did not come to rest; nothing was changed.
     #[error(transparent)]
     Rest(#[from] QuiesceError),
+    /// Who writes guest memory beside this process does not stand still; nothing was changed.
+    #[error("{0}")]
+    Others(String),
     /// It is between two states.
     #[error(
         "going back to {dir} failed half-way: {reason}; the guest stays paused until a rewind succeeds or it is reset"
@@ -90,6 +93,8 @@ impl VmHandle {
         let _one = self.one_copying();
         self.quiesce_mixed(RestFor::Rewind, limit, |quiesced| {
             quiesced.is_started().map_err(QuiesceError::from)?;
+            // Until all is put back.
+            let _still = quiesced.others_rest().map_err(GoBackError::Others)?;
             let now = quiesced.save_devices()?;
             now.are_like(&devices)?;
             let put = quiesced.go_back(chain, &state, &devices);

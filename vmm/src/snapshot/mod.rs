@@ -37,7 +37,7 @@ mod writer;
 use std::path::PathBuf;
 
 pub use crate::memory::PAGE_BYTES;
-pub use capture::{Beside, Others, SnapshotRequest, Taken};
+pub use capture::{Beside, SnapshotRequest, Taken};
 pub use capture_error::CaptureError;
 pub use chain::Chain;
 pub use directory::Snapshot;

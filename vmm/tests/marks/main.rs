@@ -8,6 +8,7 @@ mod common;
 mod half_way;
 #[path = "../nic/mod.rs"]
 mod nic;
+mod outside;
 mod resets;
 mod traffic;
 mod whole;

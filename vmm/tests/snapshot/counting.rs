@@ -58,7 +58,6 @@ pub fn request<'a>(dir: &'a Path, parent: Option<&'a Path>) -> SnapshotRequest<'
         program: "test",
         track: false,
         stop: false,
-        others_write: false,
         limit: Duration::from_secs(10),
     }
 }
@@ -67,7 +66,6 @@ pub fn beside() -> Result<Beside, String> {
     Ok(Beside {
         vm: json!({"name": "test"}),
         instead: Vec::new(),
-        others: None,
     })
 }
 

@@ -373,7 +373,6 @@ fn what_was_patched_into_the_guest_is_not_in_its_image() {
         Ok(Beside {
             vm: json!(null),
             instead: vec![(place, b"text".to_vec())],
-            others: None,
         })
     };
     let taken = guest

@@ -38,14 +38,12 @@ fn snapshot(handle: &VmHandle, dir: &Path, parent: Option<&Path>) -> Taken {
         program: "test",
         track: false,
         stop: false,
-        others_write: false,
         limit: LIMIT,
     };
     let mut beside = || {
         Ok(Beside {
             vm: json!({}),
             instead: Vec::new(),
-            others: None,
         })
     };
     handle

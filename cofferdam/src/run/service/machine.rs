@@ -42,7 +42,8 @@ impl VmService {
     }
 
     pub(super) fn mark(&self, name: &str, asker: &dyn Asker) -> Result<Reply, String> {
-        self.may_be("marked")?;
+        elsewhere::give_state(&self.nics, "marked")?;
+        self.has_small_pages("marked")?;
         asker.tell("setting a mark").map_err(text)?;
         let marked = self.vm.mark(name, REST_TIME);
         marked.map(Reply::Marked).map_err(text)
@@ -86,11 +87,7 @@ impl VmService {
         asker: &dyn Asker,
     ) -> Result<Reply, String> {
         self.has_small_pages("saved")?;
-        let devices = elsewhere::that_can_be_saved(&self.nics)?;
-        let request = &SnapshotRequest {
-            others_write: !devices.is_empty(),
-            ..*request
-        };
+        elsewhere::give_state(&self.nics, "saved")?;
         if self.nics.forget_gone(&self.vm) {
             return Err(
                 "a VM with NICs that came while it ran cannot be saved yet: `cofferdam unplug` takes them out"
@@ -113,7 +110,6 @@ impl VmService {
             Ok(Beside {
                 vm: json(&self.saved.with_isolated(isolated))?,
                 instead: clean.map(|clean| (clean.at, clean.bytes)).collect(),
-                others: elsewhere::stand_still(&devices)?,
             })
         };
         let taken = self.vm.snapshot(request, &mut tell, &mut beside);
