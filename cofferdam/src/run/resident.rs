@@ -8,8 +8,8 @@
 //! Reading `smaps` takes time with each mapping and with each page that is resident, and one who
 //! looks at a guest waits for it.
 
-use std::fs::{File, read_to_string};
-use std::io::{BufRead, BufReader, Error, ErrorKind};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Error, ErrorKind, Read};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ impl Counter {
     /// The kernel does not tell.
     pub fn read(&self, guest: GuestMemory<'_>) -> std::io::Result<Resident> {
         let regions = match guest {
-            GuestMemory::Shared => return by_kind(&read_to_string("/proc/self/status")?),
+            GuestMemory::Shared => return by_kind(&status()?),
             GuestMemory::Mapped(regions) => regions,
         };
         // Several who ask at once wait for one count.
@@ -69,6 +69,17 @@ impl Counter {
         *walked = Some((Instant::now(), resident));
         Ok(resident)
     }
+}
+
+/// Room for all of `/proc/self/status`, in bytes: whoever has less of it reads it a little at a
+/// time, since the file does not say how long it is.
+const STATUS_BYTES: usize = 4 << 10;
+
+/// The text of `/proc/self/status`.
+fn status() -> std::io::Result<String> {
+    let mut text = String::with_capacity(STATUS_BYTES);
+    File::open("/proc/self/status")?.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// What `/proc/PID/status` says of it by kind (proc_pid_status(5)): shared memory is the guest's.
