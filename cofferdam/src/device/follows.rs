@@ -25,7 +25,8 @@ impl Follows {
 }
 
 impl DmaListener for Follows {
-    /// A thread allocates what there is, so that the device gets it sooner.
+    /// A thread allocates what there is, as long as the function has it, so that the device gets it
+    /// sooner.
     fn changed(&self, removed: &[DmaRegion], added: &[DmaRegion]) {
         let memory = match (self.0)(removed, added) {
             Ok(Some(memory)) => memory,
@@ -37,7 +38,7 @@ impl DmaListener for Follows {
         };
         let thread = std::thread::Builder::new()
             .name("populate".to_owned())
-            .spawn(move || memory.populate());
+            .spawn(move || memory.populate(|| Arc::strong_count(&memory) > 1));
         if let Err(error) = thread {
             tracing::debug!("guest memory is not allocated in advance: {error}");
         }

@@ -133,15 +133,20 @@ impl RunConfig {
         words.join(" ")
     }
 
+    /// Whether it has a function of the host for itself.
+    fn has_passthrough(&self) -> bool {
+        let of_the_host = |net: &NetConfig| matches!(net.nic, NicSpec::Passthrough(_));
+        self.nets.iter().any(of_the_host)
+    }
+
     /// Puts this process into the namespaces of its jail, if it is to be in one. There is no other
     /// thread.
     fn begin_jail(&self) -> anyhow::Result<Option<Namespaces>> {
         if !self.jail {
             return Ok(None);
         }
-        let of_the_host = |net: &NetConfig| matches!(net.nic, NicSpec::Passthrough(_));
         ensure!(
-            !self.nets.iter().any(of_the_host),
+            !self.has_passthrough(),
             "a function of the host takes rights that a jail has not: leave --jail away, or --nic vfio=..."
         );
         self.sandbox.begin_jail(&self.sockets()).map(Some)
@@ -268,7 +273,12 @@ fn boot(
     if config.mouse {
         vm.add_mouse();
     }
-    let nics = machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings)?;
+    let mut add = || machine::add_devices(&mut vm, config, &paths.agent_socket(), belongings);
+    let nics = match config.has_passthrough() {
+        // All of guest memory is allocated by that, and stays where it is.
+        true => memory::with_huge_pages(add),
+        false => add(),
+    }?;
     vm.handle()
         .set_outside(Arc::new(elsewhere::Elsewhere(nics.clone())));
     steps.done("its devices are made");

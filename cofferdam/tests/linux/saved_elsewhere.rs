@@ -1,4 +1,5 @@
-//! A stock guest that is saved with a NIC of a device host, and goes on with it.
+//! A stock guest that is saved with a NIC of a device host, and goes on with it; or is rewound to
+//! marks.
 
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use cofferdam::control::protocol::{Reply, Request};
 
 use devices::vfio::binding::Sysfs;
 
+use super::isolation::{ask, ask_json};
 use super::passed::{ECHO, FUNCTION};
 use super::{
     BOOT_TIME, GATEWAY, Pings, assert_log_is_healthy, assert_probed_once_and_reset_for_lost_links,
@@ -128,4 +130,75 @@ fn a_stream_of_a_stock_guest_goes_on_across_snapshots_of_it_with_a_real_function
     sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
     let faults = ["Hardware Unit Hang", "Reset adapter", "PHY reset"];
     goes_on_across_snapshots(&["--vfio", FUNCTION], "e1000e", (ECHO, &faults));
+}
+
+#[track_caller]
+fn mark(guest: &mut Guest, name: &str) {
+    let name = name.to_owned();
+    match guest.control().unwrap().ask(&Request::Mark { name }) {
+        Ok(Reply::Marked(_)) => {}
+        other => panic!("{other:?}{}", guest.last_words()),
+    }
+}
+
+/// Takes the guest back; the agent's channel begins anew.
+#[track_caller]
+fn rewind(guest: &mut Guest, name: &str) {
+    guest.agent().disconnect();
+    let name = Some(name.to_owned());
+    match guest.control().unwrap().ask(&Request::Rewind { name }) {
+        Ok(Reply::Rewound(rewound)) => eprintln!("{rewound:?}"),
+        other => panic!("{other:?}{}", guest.last_words()),
+    }
+}
+
+/// A guest that is taken back again and again, from whatever became of it and its NIC's driver, has a
+/// NIC that works each time. What is isolated at the second mark is what `isolated` says.
+fn goes_back_to_marks(words: &[&str], driver: &str, isolated: Option<&str>) {
+    let folder = tempfile::tempdir().unwrap();
+    let options = options().among(folder.path(), GUEST);
+    let host = DeviceHost::start(&options.program, folder.path(), words).unwrap();
+    let mut guest = boot(&options.with(&format!("--nic device={NAME} --memory 256M")));
+    insert_nic(&mut guest, driver, 15);
+    nic_works(&mut guest);
+    mark(&mut guest, "works");
+    shell(&mut guest, "echo one > /tmp/x");
+    if let Some(entries) = isolated {
+        ask(&mut guest, &format!("isolate {GUEST} {driver} {entries}"));
+        nic_works(&mut guest);
+    }
+    mark(&mut guest, "isolated");
+    let breaks = ["true", "ip link set eth0 down", &format!("rmmod {driver}")];
+    for round in 0..if full() { 60 } else { 3 } {
+        shell(&mut guest, "echo two > /tmp/x");
+        shell(&mut guest, breaks[round % 3]);
+        rewind(&mut guest, "isolated");
+        assert_eq!(shell(&mut guest, "cat /tmp/x"), "one\n", "round {round}");
+        nic_works(&mut guest);
+        let modules = ask_json(&mut guest, &format!("status {GUEST}"))["isolation"].clone();
+        let count = modules.as_array().map_or(0, Vec::len);
+        assert_eq!(count, usize::from(isolated.is_some()), "round {round}");
+    }
+    rewind(&mut guest, "works");
+    shell(&mut guest, "! cat /tmp/x");
+    nic_works(&mut guest);
+    assert_eq!(host.status().unwrap().turn.as_deref(), Some(GUEST));
+    assert_log_is_healthy(&mut guest, &["Unit Hang", "Reset adapter"]);
+}
+
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_stock_guest_goes_back_to_its_marks_with_a_nic_of_a_device_host() {
+    let entries = "--entry e1000_xmit_frame --entry e1000_clean --budget-us 10000000";
+    let words = ["--model", "e1000", "--net", "user"];
+    goes_back_to_marks(&words, "e1000", Some(entries));
+}
+
+/// The same with the lab's e1000e.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn a_stock_guest_goes_back_to_its_marks_with_a_real_function_of_a_device_host() {
+    let sysfs = Sysfs::default();
+    sysfs.bind(FUNCTION.parse().unwrap(), false).unwrap();
+    goes_back_to_marks(&["--vfio", FUNCTION], "e1000e", None);
 }

@@ -104,12 +104,12 @@ impl DmaMemory {
 
     /// Allocates the memory and maps all of it here, in large pages where the host has some, so
     /// that a function can be given it without a fault and an entry for each small one. Ends early
-    /// when nobody else has it any more. What fails is left to the function's map, which does the
+    /// where it is not wanted any more. What fails is left to the function's map, which does the
     /// same.
-    pub fn populate(self: &Arc<Self>) {
+    pub fn populate(&self, is_wanted: impl Fn() -> bool) {
         for part in &self.parts {
             for start in (0..part.bytes).step_by(LARGE_PAGE) {
-                if Arc::strong_count(self) == 1 {
+                if !is_wanted() {
                     return;
                 }
                 if let Err(error) = part.populate(start) {
@@ -319,12 +319,11 @@ pub(super) mod tests {
                 file: Arc::new(file),
                 offset,
             };
-            let memory = Arc::new(DmaMemory::new(&[region]).unwrap());
+            let memory = DmaMemory::new(&[region]).unwrap();
             let part = &memory.parts[0];
             let place = part.host as usize % LARGE_PAGE;
             assert_eq!(place as u64, offset % LARGE_PAGE as u64);
-            let other = memory.clone();
-            other.populate();
+            memory.populate(|| true);
             // SAFETY: 11 bytes of a mapping of at least a page.
             let seen = unsafe { part.host.cast::<[u8; 11]>().read_volatile() };
             assert_eq!(&seen, b"in the file");

@@ -198,6 +198,8 @@ impl VfioFunction {
             return Ok(());
         }
         let memory = DmaMemory::of_space(&self.dma)?;
+        // What somebody has written already is in small pages.
+        memory.populate(|| true);
         let map = self.map.get_or_insert_with(|| self.device.map());
         if let Err(error) = map.add_all(&memory) {
             self.unmap_memory();

@@ -8,6 +8,7 @@ mod function;
 mod interop;
 mod memory;
 mod raw;
+mod refusing;
 mod replies;
 mod server;
 mod sizes;

@@ -43,12 +43,16 @@ impl VfioUserFunction {
         Ok(())
     }
 
-    /// Has a device go on that was stopped.
+    /// Has a device go on that was stopped. One whose server refuses that is as one whose server has
+    /// gone: it would refuse each access, and whoever is attached anew begins with a device that
+    /// runs.
     pub fn go_on(&mut self) {
         self.stopped = false;
         if self.is_connected() {
             let goes_on = self.client().go_on();
-            self.check(goes_on);
+            if self.check(goes_on).is_none() && self.is_connected() {
+                self.disconnect("its server does not have it go on");
+            }
         }
     }
 
