@@ -1,5 +1,5 @@
-//! The image for sweeps: modules that do something without hardware, and `tc`, which many of them
-//! are asked for by.
+//! The image for sweeps: modules that do something without hardware; `tc`, which many of them are
+//! asked for by; and a `mke2fs` that makes journals, which BusyBox's does not.
 
 use crate::full::full_image;
 use crate::spec::{ImageSpec, Program};
@@ -207,5 +207,7 @@ pub fn sweep_image() -> ImageSpec {
     let names = SWEPT.iter().flat_map(|(_, names)| names.iter());
     image.modules.extend(names.map(|name| (*name).to_owned()));
     image.programs.push(Program::new("iproute2", "/sbin/tc"));
+    let journals = Program::new("e2fsprogs", "/sbin/mke2fs");
+    image.programs.push(journals);
     image
 }

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod clones;
 pub mod device_host;
 mod device_power;
+pub mod drivers;
 pub mod guest;
 pub mod isolation;
 pub mod network;

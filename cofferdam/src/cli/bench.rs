@@ -11,7 +11,7 @@ use super::images::Images;
 use super::{Ending, print_bytes};
 use crate::bench::guest::GuestOptions;
 use crate::bench::switch::MovedNic;
-use crate::bench::{boot, isolation, recovery, rollback, suspend, switch, traffic};
+use crate::bench::{boot, drivers, isolation, recovery, rollback, suspend, switch, traffic};
 use crate::options::NicModel;
 use crate::options::PciAddress;
 use crate::report::ratio::ratios;
@@ -72,6 +72,27 @@ Examples:
             default_value_t = 100,
             value_parser = clap::value_parser!(u16).range(1..=10_000)
         )]
+        rollbacks: u16,
+    },
+    /// Time failed calls of one stock driver after the other, against a restart of it
+    #[command(after_help = "\
+Each has a guest of its own. It is removed and inserted, natively, until it works again; then functions of it are
+isolated, and calls of them fail, one at a time. Those that drive functions of the host's PCI bus have those of the
+lab's server.
+
+Example:
+  cofferdam bench drivers --restarts 5 --rollbacks 30 --driver 8139cp,nvme --json drivers.json")]
+    Drivers {
+        #[command(flatten)]
+        common: Common,
+        /// These drivers; all that are known without it
+        #[arg(long, value_name = "MODULE", value_delimiter = ',')]
+        driver: Vec<String>,
+        /// Restarts of each
+        #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+        restarts: u16,
+        /// Failed calls of each function
+        #[arg(long, value_name = "N", default_value_t = 30, value_parser = clap::value_parser!(u16).range(1..=10_000))]
         rollbacks: u16,
     },
     /// Measure what isolation costs: traffic with functions of the driver isolated, against none
@@ -317,6 +338,23 @@ impl BenchCommand {
                     common.finish(&report)?;
                 }
                 result?;
+            }
+            Self::Drivers {
+                common,
+                driver,
+                restarts,
+                rollbacks,
+            } => {
+                let options = drivers::DriversOptions {
+                    guest: GuestOptions::new(&common.images.images)?,
+                    drivers: drivers::known(&driver)?,
+                    restarts: usize::from(restarts),
+                    rollbacks: usize::from(rollbacks),
+                };
+                let measured = drivers::measure(&options, &mut progress);
+                (report.drivers, report.guest) = (measured.drivers, measured.guest);
+                common.finish(&report)?;
+                anyhow::ensure!(measured.failed.is_empty(), measured.failed.join("\n"));
             }
             Self::Isolation {
                 common,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::{Ending, print_bytes, print_json};
+use crate::report::drivers;
 use crate::report::isolation::Isolation;
 use crate::report::suspend::{Suspend, of_boot};
 use crate::report::switch::{PHASES, Switch, than_hotplug};
@@ -191,6 +192,7 @@ fn switch_text(all: &[Switch]) -> String {
 /// A report's numbers as tables.
 pub fn text(report: &Report) -> String {
     let mut text = times_text(report) + &rollbacks_text(report);
+    text.push_str(&drivers::text(&report.drivers));
     if let Some(boot) = &report.boot {
         text.push_str(&format!(
             "resident beyond guest memory: {} KiB\n",

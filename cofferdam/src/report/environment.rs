@@ -17,6 +17,7 @@ pub fn report_here() -> Report {
         boot_others: Vec::new(),
         recovery: Vec::new(),
         recovery_ratios: Vec::new(),
+        drivers: Vec::new(),
         traffic: Vec::new(),
         suspend: Vec::new(),
         suspend_followed: Vec::new(),

@@ -93,6 +93,7 @@ pub fn merge(parts: impl IntoIterator<Item = Report>) -> anyhow::Result<Report> 
         }
         whole.recovery.extend(part.recovery);
         whole.recovery_ratios = ratios(&whole.recovery);
+        whole.drivers.extend(part.drivers);
         whole.traffic.extend(part.traffic);
         whole.suspend.extend(part.suspend);
         whole.suspend_followed.extend(part.suspend_followed);
@@ -175,6 +176,7 @@ mod tests {
                 .into_iter()
                 .collect(),
             recovery_ratios: Vec::new(),
+            drivers: Vec::new(),
             traffic: Vec::new(),
             suspend: Vec::new(),
             suspend_followed: Vec::new(),

@@ -7,6 +7,7 @@
 mod axis;
 pub mod campaign;
 mod canvas;
+pub mod drivers;
 pub mod environment;
 pub mod html;
 pub mod isolation;
@@ -54,6 +55,9 @@ pub struct Report {
     /// How much sooner rollbacks are over than the baselines.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recovery_ratios: Vec<ratio::Ratio>,
+    /// How much sooner failed calls of each driver are over than a restart of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drivers: Vec<drivers::DriverRecovery>,
     /// What went through the NIC, and whether all of it arrived.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub traffic: Vec<Traffic>,

@@ -182,8 +182,77 @@ fn the_driver_of_a_nic_of_a_device_host_is_isolated_and_its_faults_are_taken_bac
     assert_log_is_healthy(&mut guest, &["Reset adapter", "Detected Tx Unit Hang"]);
 }
 
+/// The lab's NVMe controller, with an empty disk.
+const DISK: &str = "0000:00:18.0";
+
+/// As [`FAULTS`]; what is read is not there then, and the next time it is. A driver that is not
+/// described has reached its device when it has rung a doorbell, which is a store: it waits for the
+/// end of the call.
+const DISK_FAULTS: [(&str, &str); 3] = [
+    ("nvme_queue_rq", "first"),
+    ("nvme_queue_rq", "middle"),
+    ("nvme_irq", "first"),
+];
+
+/// What is written to the disk is read from it again, past what the kernel keeps.
+#[track_caller]
+fn disk_works(guest: &mut Guest) {
+    shell(
+        guest,
+        "dd if=/tmp/written of=/dev/nvme0n1 bs=64k oflag=direct && \
+         dd if=/dev/nvme0n1 of=/tmp/read bs=64k count=4 iflag=direct && cmp /tmp/written /tmp/read",
+    );
+}
+
 mod long {
     use super::*;
+
+    #[test]
+    #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]
+    fn a_disk_controllers_driver_finds_requests_by_number_isolated_and_its_faults_are_taken_back() {
+        Sysfs::default().bind(DISK.parse().unwrap(), true).unwrap();
+        let with = format!("--nic vfio={DISK} --memory 256M");
+        let mut guest = boot(&options().initrd("initrd-hardware.cpio").with(&with));
+        shell(
+            &mut guest,
+            "modprobe nvme; head -c 262144 /dev/urandom >/tmp/written; \
+             for t in $(seq 1 400); do [ -b /dev/nvme0n1 ] && exit 0; sleep 0.05; done; exit 1",
+        );
+        // Requests that were made before it was isolated.
+        disk_works(&mut guest);
+        ask(
+            &mut guest,
+            "isolate guest nvme --entries all --budget-us 10000000",
+        );
+        (0..4).for_each(|_| disk_works(&mut guest));
+        let status = ask_json(&mut guest, "status guest");
+        let (isolated, said) = (
+            &status["isolation"][0],
+            ask(&mut guest, "violations guest nvme"),
+        );
+        assert_eq!(isolated["violations"], 0, "{said}");
+        let entries = isolated["entries"].as_array().unwrap();
+        for function in ["nvme_queue_rq", "nvme_irq"] {
+            let entry = entries.iter().find(|entry| entry["name"] == function);
+            assert!(entry.unwrap()["calls"].as_u64() > Some(0), "{function}");
+        }
+        for (number, (function, place)) in (1..).zip(DISK_FAULTS) {
+            let order = format!("inject guest nvme {function} --at {place}");
+            ask(&mut guest, &order);
+            shell(
+                &mut guest,
+                "dd if=/dev/nvme0n1 of=/dev/null bs=4k count=1 iflag=direct; true",
+            );
+            disk_works(&mut guest);
+            let reports = ask_json(&mut guest, "violations guest nvme");
+            let all = reports["last_reports"].as_array().unwrap();
+            assert_eq!(all.len(), number, "{function}: {reports}");
+            assert_eq!(all[number - 1]["entry"], function, "{reports}");
+        }
+        assert_eq!(begun_anew(&mut guest, "nvme"), 0);
+        // An error of a read is what the faults come to.
+        assert_log_is_healthy(&mut guest, &["controller is down", "Disabling device"]);
+    }
 
     #[test]
     #[ignore = "needs the lab's functions and IOMMU: cargo xtask test runs it in the lab"]

@@ -168,6 +168,16 @@ impl MemoryModel {
         (pfn < pages).then_some((GvaRange::new(first, self.page_bytes)?, page))
     }
 
+    /// The `struct page` of the page that `at` lies in, an address in the mapping of all memory.
+    pub fn description_of(&self, at: Gva) -> Option<Gva> {
+        let offset = at.0.checked_sub(self.direct_map.0)?;
+        let place = (offset >> 12).checked_mul(self.page_bytes)?;
+        let description = self.vmemmap.checked_add(place)?;
+        // Where it is none there is no description of it.
+        let (_, page) = self.described_page(description)?;
+        (page.0 == at.0 & !0xfff).then_some(description)
+    }
+
     /// The kernel's array of `struct page`.
     pub(super) fn pages(&self) -> PageArray {
         PageArray {

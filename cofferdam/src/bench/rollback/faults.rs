@@ -36,18 +36,22 @@ const COMMAND_MS: u64 = 10_000;
 
 /// A rollback as the VM reports it (`isolation::status::report::ViolationReport`).
 #[derive(Debug, Deserialize)]
-pub(super) struct RolledBack {
-    entry: String,
+pub(in crate::bench) struct RolledBack {
+    pub(in crate::bench) entry: String,
     at_ns: u64,
     phases: Phases,
-    pub(super) violation: Violated,
-    pub(super) stays: Option<String>,
+    pub(in crate::bench) violation: Violated,
+    pub(in crate::bench) stays: Option<String>,
+    #[serde(default)]
+    pub(in crate::bench) device_lost: Option<String>,
 }
 
 /// `isolation::domain::violation::Violation`
 #[derive(Debug, Deserialize)]
-pub(super) struct Violated {
-    pub(super) spills: u32,
+pub(in crate::bench) struct Violated {
+    pub(in crate::bench) spills: u32,
+    #[serde(default)]
+    pub(in crate::bench) reached_device: bool,
 }
 
 /// `isolation::domain::transaction::AbortPhases`
@@ -62,7 +66,7 @@ struct Phases {
 
 impl RolledBack {
     /// The phases that the VM times itself.
-    pub(super) fn run(&self) -> RecoveryRun {
+    pub(in crate::bench) fn run(&self) -> RecoveryRun {
         let Phases {
             detect_ns,
             memory_ns,

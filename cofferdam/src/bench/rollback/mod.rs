@@ -27,6 +27,7 @@ use super::operation::Operation;
 use crate::control::protocol::Request;
 use crate::report::Recovery;
 use faults::Bench;
+pub(super) use faults::RolledBack;
 use spilled::GUEST_ONLY;
 
 pub use spilled::SPILLING;

@@ -92,16 +92,17 @@ impl MovedNic {
 }
 
 /// A function of the host that belongs to `vfio-pci` as long as this lives.
-struct Bound(Option<PciAddress>);
+pub(super) struct Bound(Option<PciAddress>);
 
 impl Bound {
-    fn new(nic: &MovedNic) -> anyhow::Result<Self> {
-        let MovedNic::Function { address, .. } = nic else {
+    /// None without an address; one that is in use is taken by `force`.
+    pub(super) fn new(address: Option<PciAddress>, force: bool) -> anyhow::Result<Self> {
+        let Some(address) = address else {
             return Ok(Self(None));
         };
-        let bound = Sysfs::default().bind(*address, false)?;
+        let bound = Sysfs::default().bind(address, force)?;
         // One that was given away before stays so.
-        Ok(Self((bound.from != bound.to).then_some(*address)))
+        Ok(Self((bound.from != bound.to).then_some(address)))
     }
 }
 
@@ -124,7 +125,11 @@ pub fn measure(
     options: &SwitchOptions,
     progress: &mut dyn FnMut(&str),
 ) -> anyhow::Result<(Vec<Switch>, Option<GuestFacts>)> {
-    let _bound = Bound::new(&options.nic)?;
+    let address = match &options.nic {
+        MovedNic::Function { address, .. } => Some(*address),
+        MovedNic::Model => None,
+    };
+    let _bound = Bound::new(address, false)?;
     let (mut rows, mut facts) = (Vec::new(), None);
     let kinds: &[bool] = match options.large_pages {
         true => &[false, true],

@@ -12,7 +12,7 @@
 //!    7. reached when the call began, not any more     the same as 4 in memory as it was then
 //!    8. of a network namespace                        counts of references, what the driver keeps in each
 //!    9. kept in an array or a queue of the driver's   an xarray, or packets, in what is reached,
-//!       a list of its variables, or a slab cache that is the driver's alone
+//!       a list of its variables, a slab cache that is the driver's alone, or a page of its files
 //!    otherwise                                        a stray write
 //! ```
 //!
@@ -29,6 +29,7 @@ mod kept;
 mod namespaces;
 mod opening;
 mod own_caches;
+mod own_files;
 mod own_lists;
 mod own_per_cpu;
 mod own_variables;
@@ -69,6 +70,7 @@ use handed_out::EarlierAllocations;
 use interfaces::InterfaceList;
 pub(crate) use kept::KeptPolicy;
 use namespaces::Namespaces;
+use own_files::OwnFiles;
 use own_per_cpu::OwnPerCpu;
 use own_variables::OwnVariables;
 use programs::Programs;
@@ -93,11 +95,6 @@ const PER_CPU_END: &str = "__per_cpu_end";
 /// The pointer to the running thread, a variable of each processor (Linux before 6.2; since then
 /// the first member of `pcpu_hot`).
 const CURRENT_TASK: &[&str] = &["current_task", "pcpu_hot"];
-
-/// Members of the running thread's `struct task_struct` that inline functions of the kernel write:
-/// `pagefault_disable`, which `kmap_atomic` calls, `memalloc_noio_save` and its like,
-/// `set_active_memcg`, `set_current_state`.
-const TASK_MEMBERS: &[&str] = &["pagefault_disabled", "flags", "active_memcg", "__state"];
 
 /// Slab caches whose objects are `struct sk_buff`s (`net/core/skbuff.c`).
 const PACKET_CACHES: &[&str] = &[
@@ -174,6 +171,8 @@ pub struct DriverPolicy {
     per_cpu_handed_out: Option<u64>,
     /// What of each processor is the driver's; `None` if that is not known.
     own_per_cpu: Option<OwnPerCpu>,
+    /// How pages of the driver's files are told; `None` if that is not known.
+    own_files: Option<OwnFiles>,
     /// What the module's code says of its variables.
     own_variables: OwnVariables,
     /// Variables that may be heads of lists.
@@ -260,7 +259,8 @@ impl DriverPolicy {
         let current_task = current_task.find_map(|name| symbols.kernel_symbol(name));
         let task = types.find_struct("task_struct");
         let task_member = |name: &&'static str| Some((*name, member_range(&types, task?, name)?));
-        let task_members = TASK_MEMBERS.iter().filter_map(task_member).collect();
+        let task_members = Rules::linux().running_thread.iter();
+        let task_members = task_members.filter_map(task_member).collect();
         let list = InterfaceList::new(&types, symbols);
         let namespaces = Namespaces::new(&types, symbols, &layout.name);
         let completions = Completions::new(&types, symbols);
@@ -269,6 +269,7 @@ impl DriverPolicy {
             own_too,
             shared_counts: SharedCounts::new(&types),
             own_per_cpu: OwnPerCpu::new(&types, layout),
+            own_files: OwnFiles::new(&types, layout),
             own_variables: OwnVariables::default(),
             list_heads: own_lists::heads(layout, symbols),
             programs: Programs::new(&types),

@@ -32,6 +32,7 @@ impl DriverPolicy {
         // `page->private`).
         if let Some((description, page)) = self.memory.described_page(at) {
             let own = self.table.may_write(GvaRange::aligned(page, 1))
+                || self.is_of_own_files(memory, description.first())
                 || self.open_new_allocation(memory, page);
             let label = "struct page of a page of the driver's".into();
             return own && self.open(description, ObjectKind::Other, label);
@@ -50,7 +51,8 @@ impl DriverPolicy {
             || self.open_queued(memory, one)
             || self.open_kept(memory, at)
             || self.open_listed(memory, at)
-            || self.open_in_own_cache(memory, at);
+            || self.open_in_own_cache(memory, at)
+            || self.open_in_own_files(memory, at);
         if !may {
             for (_, object) in self.table.iter() {
                 tracing::trace!("open, when {at} was not: {} {}", object.range, object.label);

@@ -86,6 +86,8 @@ fn types() -> Arc<Btf> {
             ("pagefault_disabled", int, 0x40),
             ("flags", int, 0x44),
             ("prio", int, 0x48),
+            ("journal_info", pointer, 0x50),
+            ("backing_dev_info", pointer, 0x58),
         ],
     );
     let short = e.int("short unsigned int", 2, 0);
@@ -364,6 +366,9 @@ fn what_inline_functions_write_is_permitted() {
     assert!(may(HEAD + 0x40, 4), "the running thread's page fault count");
     assert!(may(HEAD + 0x44, 4), "its flags");
     assert!(!may(HEAD + 0x48, 1), "its priority");
+    assert!(may(HEAD + 0x50, 8), "the transaction that it is in");
+    assert!(may(HEAD + 0x58, 8), "whose pages it writes");
+    assert!(!may(OBJECTS + 0x50, 8), "of another thread");
     assert!(may(PACKETS + 184, 4), "references to a packet of others");
     assert!(!may(PACKETS + 180, 4) && !may(PACKETS + 188, 1));
     assert!(!may(OBJECTS + 184, 4), "an object of another cache");

@@ -67,6 +67,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
             || rules.counted.iter().any(|rule| rule.of == name)
             || rules.per_cpu.iter().any(|rule| rule.of == name)
             || rules.queues.contains(&name)
+            || rules.tag_sets.iter().any(|rule| rule.of == name)
             || self.array(Gva(0), id).is_some()
     }
 }

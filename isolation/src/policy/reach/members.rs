@@ -170,7 +170,12 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
         let rules = self.reach.rules;
         let is_followed = rules.followed.iter().any(|rule| rule.of == name);
         let is_counted = rules.counted.iter().any(|rule| rule.of == name);
-        if is_followed || is_counted || rules.per_cpu.iter().any(|rule| rule.of == name) {
+        let is_tag_set = rules.tag_sets.iter().any(|rule| rule.of == name);
+        if is_followed
+            || is_counted
+            || is_tag_set
+            || rules.per_cpu.iter().any(|rule| rule.of == name)
+        {
             let embedded = Item {
                 at,
                 type_id: id,
@@ -181,6 +186,7 @@ impl<M: GuestPhys, A: FindAllocation> Walk<'_, '_, M, A> {
             self.followed(&embedded, id, name);
             self.per_cpu(&embedded, id, name);
             self.counted(&embedded, id, name);
+            self.tag_set(&embedded, id, name);
         }
         self.arrays.extend(self.reach.array(at, id));
         if self.reach.rules.queues.contains(&name) {

@@ -36,6 +36,7 @@ mod private;
 mod queues;
 mod rules;
 mod slots;
+mod tag_sets;
 mod walk;
 
 #[cfg(test)]
@@ -48,7 +49,7 @@ use serde::Serialize;
 use super::range_table::ObjectKind;
 use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::allocations::FindAllocation;
-use crate::guest::btf::{Btf, Function, Member, TypeId};
+use crate::guest::btf::{Btf, Function, Kind, Member, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
@@ -58,7 +59,8 @@ pub use names::Names;
 pub use path::Path;
 pub use rules::{
     Answered, Chained, Counted, Embedded, Followed, InNamespace, InsideArea, KernelsMember, Listed,
-    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules, Written,
+    ModulesOwn, Numbered, OwnTypes, PacketData, PerCpuPointer, Pool, PrivateArea, Rules, TagSet,
+    Untyped, Written,
 };
 pub use slots::Slots;
 use walk::Extent;
@@ -191,6 +193,7 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 break;
             }
             if let Some(to) = self.types.pointee(type_id) {
+                let to = self.untyped(function, index, to).unwrap_or(to);
                 let name = match name {
                     "" => format!("argument {index}"),
                     name => name.to_owned(),
@@ -200,6 +203,22 @@ impl<M: GuestPhys, A: FindAllocation> Reach<'_, M, A> {
                 }
             }
         }
+    }
+
+    /// The driver's structure that an argument points at whose type says only that it points
+    /// somewhere, `to`.
+    fn untyped(&self, function: &Function<'_>, index: usize, to: TypeId) -> Option<TypeId> {
+        if !matches!(self.types.resolve(to), Some((_, Kind::Void))) {
+            return None;
+        }
+        let returns = self.types.names_of(function.returns);
+        let rules = self.rules.untyped.iter();
+        let mut rules = rules
+            .filter(|rule| usize::from(rule.argument) == index && returns.contains(&rule.returns));
+        rules.find_map(|rule| {
+            let ids = rule.is.iter().filter_map(|name| self.struct_named(name));
+            ids.into_iter().find(|id| self.is_own(*id))
+        })
     }
 
     /// What is reached from an object that the driver has a pointer to.

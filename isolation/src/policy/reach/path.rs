@@ -1,7 +1,7 @@
 //! Members behind pointers behind members.
 
 use crate::guest::addr::{Gva, GvaRange};
-use crate::guest::btf::{Btf, Kind, TypeId};
+use crate::guest::btf::{Btf, Kind, Member, TypeId};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 
@@ -74,14 +74,65 @@ impl Path {
 }
 
 /// Offset and type of the member `name` of structure `of`, `.` between members of members; of an
-/// array, of its first element.
+/// array, of its first element, or of the one whose number is behind it (`a[2].b`).
 fn member(types: &Btf, of: TypeId, name: &str) -> Option<(u64, TypeId)> {
     name.split('.').try_fold((0, of), |(offset, of), name| {
         let (mut of, kind) = types.resolve(of)?;
         if let Kind::Array { element, .. } = kind {
             of = types.resolve(element)?.0;
         }
+        let (name, index) = match name.strip_suffix(']') {
+            None => (name, 0),
+            Some(name) => {
+                let (name, index) = name.split_once('[')?;
+                (name, index.parse().ok()?)
+            }
+        };
         let member = types.find_member(of, name)?;
-        Some((offset + u64::from(member.bit_offset / 8), member.type_id))
+        let at = offset + u64::from(member.bit_offset / 8) + element_at(types, &member, index)?;
+        Some((at, member.type_id))
     })
+}
+
+/// Where the element of this number of an array begins; `None` if it has none of that number.
+fn element_at(types: &Btf, member: &Member, index: u64) -> Option<u64> {
+    match types.resolve(member.type_id)?.1 {
+        Kind::Array { element, count } if index < u64::from(count) => {
+            types.size_of(element)?.checked_mul(index)
+        }
+        _ => (index == 0).then_some(0),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code")]
+mod tests {
+    use super::*;
+    use crate::guest::btf::encode::Encoder;
+
+    /// `sb_start_intwrite`.
+    #[test]
+    fn an_element_of_an_array_is_named_by_its_number() {
+        let mut e = Encoder::new(None);
+        let word = e.int("u64", 8, 0);
+        let lock = e.structure("lock", 32, &[("count", word, 8)]);
+        let locks = e.array(lock, 3);
+        e.structure("writers", 128, &[("n", word, 0), ("locks", locks, 16)]);
+        let types = Btf::parse(&e.bytes(), None).unwrap();
+        let of = types.find_struct("writers").unwrap();
+        let at = |path: &str| Path::find(&types, of, path).map(|path| path.last);
+        assert_eq!(at("locks.count"), Some(24));
+        assert_eq!(at("locks[0].count"), Some(24));
+        assert_eq!(at("locks[2].count"), Some(88));
+        assert_eq!(at("n[0]"), Some(0));
+        for none in [
+            "locks[3].count",
+            "n[1]",
+            "locks[].count",
+            "locks]",
+            "locks[-1].count",
+        ] {
+            assert_eq!(at(none), None, "{none}");
+        }
+    }
 }

@@ -114,6 +114,38 @@ pub struct Pool {
     pub memory: &'static str,
 }
 
+/// A structure of the kernel's of which a driver has one, with the requests under way: arrays of
+/// pointers to them by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TagSet {
+    /// The structure.
+    pub of: &'static str,
+    /// Its member that points at an array of pointers to `each`.
+    pub tags: &'static str,
+    /// How many these are, in it.
+    pub count: &'static str,
+    /// What has requests.
+    pub each: &'static str,
+    /// Its member that points at an array of pointers to them.
+    pub requests: &'static str,
+    /// How many these are, in it.
+    pub depth: &'static str,
+}
+
+/// What an argument points at whose type does not say so (`void *`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Untyped {
+    /// What the function returns, a typedef.
+    pub returns: &'static str,
+    /// The argument, from 0.
+    pub argument: u8,
+    /// The first of these structures that the module defines.
+    #[serde(default, deserialize_with = "kept")]
+    pub is: &'static [&'static str],
+}
+
 /// A pointer in a structure of the kernel's to another one, of which inline functions write parts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -291,6 +323,12 @@ pub struct Rules {
     /// Pools of memory.
     #[serde(default, deserialize_with = "kept")]
     pub pools: &'static [Pool],
+    /// Sets of requests.
+    #[serde(default, deserialize_with = "kept")]
+    pub tag_sets: &'static [TagSet],
+    /// Arguments.
+    #[serde(default, deserialize_with = "kept")]
+    pub untyped: &'static [Untyped],
     /// Pointers in the kernel's structures to others of which inline functions count the
     /// references.
     #[serde(default, deserialize_with = "kept")]
@@ -328,6 +366,10 @@ pub struct Rules {
     /// Of these, the links of lists that inline functions of the kernel change, too: a pointer to
     /// the next and one to the previous.
     pub links: &'static str,
+    /// Members of the running thread's `struct task_struct` that inline functions of the kernel
+    /// write.
+    #[serde(default, deserialize_with = "kept")]
+    pub running_thread: &'static [&'static str],
     /// Members that kernel functions keep in structures that are otherwise the driver's to write.
     #[serde(default, deserialize_with = "kept")]
     pub kernels_members: &'static [KernelsMember],

@@ -1,6 +1,7 @@
 //! Arguments of make-believe functions in a make-believe guest.
 
 mod drivers;
+mod tag_sets;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
