@@ -38,6 +38,7 @@ fn help_of_every_command_can_be_had_and_the_main_ones_have_examples() {
         "debug",
         "bench boot",
         "bench recovery",
+        "bench drivers",
         "bench traffic",
         "report html",
         "report merge",

@@ -1,4 +1,5 @@
-//! How much sooner a failed call of each driver is over than a restart of it, as data and as a table.
+//! How much sooner a failed call of each driver is over than a restart of it, as data and as a
+//! table.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,8 @@ pub struct DriverRecovery {
     pub driver: String,
     /// What it drives.
     pub what: String,
-    /// From before it is removed until it works again, in microseconds of the host's clock, natively.
+    /// From before it is removed until it works again, natively, in microseconds of the host's
+    /// clock.
     pub restart_us: Stat,
     /// Each of these, in the order they were made.
     pub restarts_us: Vec<f64>,

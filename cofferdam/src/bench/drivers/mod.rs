@@ -2,8 +2,9 @@
 //! the other.
 //!
 //! ```text
-//! restart    remove ─ insert ─ what it takes until it works again          natively, before anything is isolated
-//! rollback   fault ─ detect ─ memory ─ device ─ the caller about to run    one fault at a time, in each function at three places
+//! restart    remove ─ insert ─ what it takes until it works again    natively
+//! rollback   fault ─ detect ─ memory ─ device ─ the caller about to run
+//!            one fault at a time, in each function at three places
 //! ```
 //!
 //! Drivers, what they drive and what has the kernel call their functions is data: `drivers.toml`

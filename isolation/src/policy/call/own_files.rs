@@ -1,10 +1,13 @@
 //! Pages of files of the driver's, where it is a file system: inline functions of the kernel that
-//! became part of it lock and mark them (`lock_page`, `SetPageUptodate`, include/linux/page-flags.h),
-//! and it fills them and notes their blocks, whoever has allocated them and when.
+//! became part of it lock and mark them (`lock_page`, `SetPageUptodate`,
+//! include/linux/page-flags.h), and it fills them and notes their blocks, whoever has allocated
+//! them and when.
 //!
 //! ```text
-//!   struct page ─ mapping ─► host ─► i_sb ─► s_type ─► owner = the module        its description, and what it holds
-//!   struct buffer_head ─ b_page ─► such a page                                   the block's state
+//!   struct page ─ mapping ─► host ─► i_sb ─► s_type ─► owner = the module
+//!       its description, and what it holds
+//!   struct buffer_head ─ b_page ─► such a page
+//!       the block's state
 //! ```
 
 use super::own_per_cpu::THIS_MODULE;

@@ -2,8 +2,8 @@
 //! way of a set of its own.
 //!
 //! ```text
-//!   driver's structure ─ struct blk_mq_tag_set ─ tags[] ─► struct blk_mq_tags ─ rqs[] ─► pages with requests,
-//!                                                                                     what is behind each among them
+//!   driver's structure ─ struct blk_mq_tag_set ─ tags[] ─► struct blk_mq_tags ─ rqs[] ─►
+//!       pages with requests, what is behind each among them
 //! ```
 
 use super::walk::{Item, Walk};
