@@ -313,9 +313,7 @@ impl Prepared {
             space,
             memory: &**memory,
         };
-        let is_current = self.is_current(&registers.sregs, &virt)?;
-        self.domain.rehearse()?;
-        Ok(is_current)
+        self.is_current(&registers.sregs, &virt)
     }
 
     /// Whether the guest is as it was when all this was read. Only of one that is stopped it says

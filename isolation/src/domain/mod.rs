@@ -45,7 +45,6 @@ mod page;
 mod places;
 pub mod private_vm;
 pub mod recorder;
-mod rehearsal;
 pub mod roots;
 mod stale;
 mod strike;

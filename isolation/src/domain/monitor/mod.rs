@@ -43,7 +43,6 @@ pub use trampolines::JournalPoint;
 mod asked;
 mod exceptions;
 mod handed_over;
-mod touch;
 mod trampolines;
 
 const VECTORS: u64 = 1;
@@ -404,8 +403,6 @@ impl Monitor {
             self.put_code(at, &code);
         }
         self.put_code(self.exit_stub(), &out_and_halt(PORT_RETURN));
-        let touch = self.touch_code()?;
-        self.put_code(self.touch_stub(), &touch);
         self.put_code(
             self.callback_return_stub(),
             &out_and_halt(PORT_CALLBACK_RETURN),
