@@ -8,6 +8,7 @@ use vm_memory::Bytes;
 use crate::compensation::guest_calls::GuestCalls;
 use crate::dispatch::armed::{Armed, AtGate, arguments};
 use crate::domain::effects::KernelCall;
+use crate::guest::addr::Gva;
 use crate::guest::paging::VirtMemory;
 
 impl Armed {
@@ -28,7 +29,8 @@ impl Armed {
         let known = self.policy.as_ref().zip(self.gates.get(&gate));
         let completion = known.and_then(|(policy, known)| {
             let flags = (known.transmits, self.stopped || known.rests);
-            policy.completion(virt, gate, flags, &arguments(entry))
+            let caller = virt.read_u64(Gva(entry.rsp)).ok().map(Gva);
+            policy.completion(virt, gate, flags, &arguments(entry), caller)
         });
         let Some(completion) = completion else {
             return next;
@@ -38,7 +40,10 @@ impl Armed {
         {
             return next;
         }
-        tracing::debug!("a call that did not take place: {}", completion.what);
+        match completion.is_makeshift {
+            true => tracing::warn!("a call that did not take place: {}", completion.what),
+            false => tracing::debug!("a call that did not take place: {}", completion.what),
+        }
         let (function, arguments) = completion.call;
         let call = KernelCall {
             function,
@@ -54,6 +59,6 @@ impl Armed {
 
 /// Stores a byte in the guest; `false` if there is no memory.
 fn store(virt: VirtMemory<'_, GuestMemory>, va: u64, byte: u8) -> bool {
-    let at = virt.space.walk(virt.memory, crate::guest::addr::Gva(va));
+    let at = virt.space.walk(virt.memory, Gva(va));
     at.is_ok_and(|at| virt.memory.write_obj(byte, at.gpa).is_ok())
 }

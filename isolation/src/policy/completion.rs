@@ -7,13 +7,22 @@
 //! have called. Which function of the driver it is that has this duty is read where the kernel
 //! reads it, in the tables of operations that belong to the very object.
 //!
+//! And a function that sets something up and returns nothing has a caller who goes on with what was
+//! not set up: the guest calls a function of the kernel's own that makes something harmless of it.
+//! Which call that is tells the place that it returns to.
+//!
 //! All that is read is the guest's and hostile: what does not lead where it should is no duty.
 
-use crate::guest::addr::Gva;
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
+use crate::guest::addr::{Gva, GvaRange};
 use crate::guest::btf::{Btf, Function, Kind};
 use crate::guest::paging::VirtMemory;
 use crate::guest::phys::GuestPhys;
 use crate::guest::symbols::SymbolTable;
+use crate::models;
 
 use super::abort_value::REGISTER_ARGUMENTS;
 use super::reach::Path;
@@ -95,6 +104,8 @@ pub struct Completion {
     pub value: Option<u64>,
     /// For the log.
     pub what: &'static str,
+    /// Somebody has to hear of it: what was asked for is not there.
+    pub is_makeshift: bool,
 }
 
 /// An object that a function of the driver's has to end: it is the one in a table of operations.
@@ -104,6 +115,38 @@ struct Duty {
     function: Path,
     /// The kernel function that ends the object.
     ends: u64,
+}
+
+/// No function whose calls are told by where they return to is longer, in bytes.
+const LONGEST_CALLER: u64 = 4096;
+
+/// What models/stand_ins.toml tells.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, bound(deserialize = "'de: 'static"))]
+struct StandIns {
+    stand_in: Vec<KnownStandIn>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KnownStandIn {
+    called_by: &'static str,
+    run: &'static str,
+    what: &'static str,
+}
+
+static STAND_INS: LazyLock<StandIns> =
+    LazyLock::new(|| models::built_in(include_str!("../../models/stand_ins.toml")));
+
+/// A function of the kernel's that is run in the place of one that sets something up.
+#[derive(Debug, Clone)]
+struct StandIn {
+    /// Where the caller is.
+    caller: GvaRange,
+    /// What is run.
+    run: u64,
+    /// What it makes.
+    what: &'static str,
 }
 
 /// How packets are dropped.
@@ -131,6 +174,7 @@ pub struct Completions {
     request: Option<Duty>,
     poll: Option<Duty>,
     drops: Option<Drops>,
+    stand_ins: Vec<StandIn>,
 }
 
 impl Completions {
@@ -147,7 +191,16 @@ impl Completions {
             let submits = duty("bio", "bi_bdev->bd_disk->fops->submit_bio", "bio_endio")?;
             Some((submits, u64::from(status.bit_offset / 8)))
         };
+        let stand_ins = STAND_INS.stand_in.iter().filter_map(|known| {
+            let caller = symbols.kernel_symbol(known.called_by)?.at;
+            Some(StandIn {
+                caller: symbols.extent(caller, GvaRange::new(caller, LONGEST_CALLER)?)?,
+                run: symbols.kernel_symbol(known.run)?.at.0,
+                what: known.what,
+            })
+        });
         Self {
+            stand_ins: stand_ins.collect(),
             bio: bio(),
             request: duty("request", "q->mq_ops->complete", "blk_mq_end_request"),
             poll: duty("napi_struct", "poll", "napi_complete_done"),
@@ -156,7 +209,8 @@ impl Completions {
     }
 
     /// What has to be done in place of the function with its gate at `gate` and these `arguments`,
-    /// which was not run or was taken back as a whole; `None` if its value says it all. A packet is
+    /// which returns to `caller` and was not run or was taken back as a whole; `None` if its value
+    /// says it all. A packet is
     /// kept by the kernel if the device has a queue, unless the driver or this function
     /// `is_stopped`, so that it would be kept for good; and a device that is always polled again
     /// after a failure would be polled for ever.
@@ -166,7 +220,20 @@ impl Completions {
         gate: u64,
         (transmits, is_stopped): (bool, bool),
         arguments: &[u64; REGISTER_ARGUMENTS],
+        caller: Option<Gva>,
     ) -> Option<Completion> {
+        let mut stand_ins = self.stand_ins.iter();
+        if let Some(stand_in) =
+            stand_ins.find(|known| caller.is_some_and(|at| known.caller.contains(at)))
+        {
+            return Some(Completion {
+                store: None,
+                call: (stand_in.run, *arguments),
+                value: None,
+                what: stand_in.what,
+                is_makeshift: true,
+            });
+        }
         let object = Gva(arguments[0]);
         let has = |duty: &Duty| duty.function.leads_to(virt, object, gate);
         if transmits {
@@ -177,6 +244,7 @@ impl Completions {
                 call: (drops.call.0, [object.0, drops.call.1, 0, 0, 0, 0]),
                 value: Some(NETDEV_TX_OK),
                 what: "the packet is dropped",
+                is_makeshift: false,
             });
         }
         if let Some((duty, status)) = self.bio.as_ref().filter(|(duty, _)| has(duty)) {
@@ -185,6 +253,7 @@ impl Completions {
                 call: (duty.ends, [object.0, 0, 0, 0, 0, 0]),
                 value: None,
                 what: "the I/O ends with an error",
+                is_makeshift: false,
             });
         }
         if let Some(duty) = self.poll.as_ref().filter(|duty| is_stopped && has(duty)) {
@@ -194,6 +263,7 @@ impl Completions {
                 call: (duty.ends, [object.0, 0, 0, 0, 0, 0]),
                 value: Some(0),
                 what: "the device is not polled again",
+                is_makeshift: false,
             });
         }
         let duty = self.request.as_ref().filter(|duty| has(duty))?;
@@ -202,6 +272,7 @@ impl Completions {
             call: (duty.ends, [object.0, BLK_STS_IOERR.into(), 0, 0, 0, 0]),
             value: None,
             what: "the request ends with an error",
+            is_makeshift: false,
         })
     }
 }

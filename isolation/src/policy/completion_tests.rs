@@ -30,6 +30,9 @@ const END_REQUEST: u64 = 0xffff_ffff_8100_0100;
 const POLL: u64 = 0xffff_ffff_c000_0200;
 const POLLED: u64 = 0xffff_ffff_8100_0400;
 const FREE: u64 = 0xffff_ffff_8100_0200;
+const SET_UP: u64 = 0xffff_ffff_8100_0500;
+const ALLOCATES: u64 = 0xffff_ffff_8100_0600;
+const AFTER: u64 = 0xffff_ffff_8100_0680;
 
 fn completions() -> Completions {
     let mut e = Encoder::new(None);
@@ -56,7 +59,7 @@ fn completions() -> Completions {
     e.enumeration_of("skb_free_reason", &[("SKB_REASON_DROPPED", 1)]);
     let types = Btf::parse(&e.bytes(), None).unwrap();
     let text = format!(
-        "{BIO_ENDIO:x} T bio_endio\n{END_REQUEST:x} T blk_mq_end_request\n{FREE:x} T __dev_kfree_skb_any\n{POLLED:x} T napi_complete_done\n"
+        "{BIO_ENDIO:x} T bio_endio\n{END_REQUEST:x} T blk_mq_end_request\n{FREE:x} T __dev_kfree_skb_any\n{POLLED:x} T napi_complete_done\n{SET_UP:x} t blackhole_netdev_setup\n{ALLOCATES:x} T alloc_netdev_mqs\n{AFTER:x} T free_netdev\n"
     );
     let symbols = read_kallsyms(text.as_bytes(), |_| true).unwrap();
     Completions::new(&types, &symbols)
@@ -87,7 +90,13 @@ fn guest() -> TestGuest {
 }
 
 fn of(guest: &TestGuest, gate: u64, flags: (bool, bool), first: u64) -> Option<Completion> {
-    completions().of(guest.virt(), gate, flags, &[first, DEVICE, 0, 0, 0, 0])
+    completions().of(
+        guest.virt(),
+        gate,
+        flags,
+        &[first, DEVICE, 0, 0, 0, 0],
+        None,
+    )
 }
 
 #[test]
@@ -129,11 +138,11 @@ fn nothing_is_ended_that_another_function_has_to_end() {
     let none = Completions::default();
     let arguments = [BIO, DEVICE, 0, 0, 0, 0];
     assert_eq!(
-        none.of(guest().virt(), SUBMIT, (false, false), &arguments),
+        none.of(guest().virt(), SUBMIT, (false, false), &arguments, None),
         None
     );
     assert_eq!(
-        none.of(guest().virt(), SUBMIT, (true, true), &arguments),
+        none.of(guest().virt(), SUBMIT, (true, true), &arguments, None),
         None
     );
 }
@@ -146,6 +155,7 @@ fn a_packet_is_dropped_where_nobody_would_keep_it() {
         call: (FREE, [PACKET, 1, 0, 0, 0, 0]),
         value: Some(0),
         what: "the packet is dropped",
+        is_makeshift: false,
     });
     assert_eq!(
         of(&guest, SUBMIT, (true, false), PACKET),
@@ -185,4 +195,24 @@ fn functions_that_complete_requests_later_are_told_by_their_types() {
     assert!(serves_blocks(&types) && !serves_blocks(&module("net_device")));
     let later = |name| completes_requests(&types, &types.find_function(name).unwrap());
     assert!(later("later") && !later("at_once") && !later("opened"));
+}
+
+/// `dummy_setup`: its caller takes whatever it has made of the memory for an interface.
+#[test]
+fn an_interface_that_was_not_set_up_is_set_up_as_one_that_drops_all_packets() {
+    let called_by = |caller| {
+        let arguments = [DEVICE, 1, 2, 3, 4, 5];
+        let caller = Some(Gva(caller));
+        completions().of(guest().virt(), SUBMIT, (false, false), &arguments, caller)
+    };
+    for caller in [ALLOCATES + 5, AFTER - 1] {
+        let done = called_by(caller).unwrap();
+        assert_eq!(done.call, (SET_UP, [DEVICE, 1, 2, 3, 4, 5]));
+        assert_eq!((done.store, done.value), (None, None));
+        assert!(done.is_makeshift);
+    }
+    // Others call functions of the driver's with an interface, too.
+    for caller in [ALLOCATES - 1, AFTER, 0] {
+        assert_eq!(called_by(caller), None);
+    }
 }

@@ -338,17 +338,23 @@ impl DriverPolicy {
         self
     }
 
-    /// What has to be done in place of the function with its gate at `gate`, that was not run or
-    /// was taken back as a whole.
+    /// Where the guest's kernel keeps what it knows of its memory.
+    pub(crate) fn memory_model(&self) -> &MemoryModel {
+        &self.memory
+    }
+
+    /// What has to be done in place of the function with its gate at `gate`, called by `caller`,
+    /// that was not run or was taken back as a whole.
     pub fn completion<M: GuestPhys>(
         &self,
         virt: VirtMemory<'_, M>,
         gate: u64,
         (transmits, is_stopped): (bool, bool),
         arguments: &[u64; REGISTER_ARGUMENTS],
+        caller: Option<Gva>,
     ) -> Option<Completion> {
         let flags = (transmits, is_stopped);
-        self.completions.of(virt, gate, flags, arguments)
+        self.completions.of(virt, gate, flags, arguments, caller)
     }
 
     /// Whether code that the kernel has made (a BPF program) begins at `va`, called with this

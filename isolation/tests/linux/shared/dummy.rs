@@ -161,3 +161,35 @@ fn everything_that_dummy_does_can_be_done_in_the_domain() {
     machine.isolator.release("dummy").unwrap();
     machine.assert_healthy();
 }
+
+/// `dummy_setup` returns nothing, and `alloc_netdev_mqs` goes on with what it has made: an interface
+/// without operations, which are followed when it is registered.
+#[test]
+#[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+fn an_interface_whose_setup_always_fails_drops_its_packets() {
+    let mut machine = booted();
+    machine.load("dummy", "numdummies=0");
+    machine.isolate("dummy", Wanted::All).unwrap();
+    let inject = |machine: &Machine, code: &[u8]| {
+        let isolator = &machine.isolator;
+        isolator.inject("dummy", "dummy_setup", 5, code).unwrap()
+    };
+    let original = inject(&machine, NULL_DEREFERENCE);
+    let used = |machine: &mut Machine, name: &str| {
+        machine.run(&format!(
+            "/bin/ip link add {name} type dummy && ip link set {name} up && ip addr add 10.9.8.1/24 dev {name} && \
+            (ping -c 2 -i 0.1 -W 1 -I {name} 10.9.8.2 >/dev/null 2>&1; ip link set {name} down; \
+            cat /sys/class/net/{name}/flags; /bin/ip link del {name})"
+        ))
+    };
+    let flags = used(&mut machine, "dummy5");
+    assert!(flags.contains("0x"), "{flags}");
+    let entry = machine.entry("dummy", "dummy_setup");
+    assert!(entry.aborts >= 1 && entry.commits == 0, "{entry:?}");
+    inject(&machine, &original);
+    used(&mut machine, "dummy6");
+    let entry = machine.entry("dummy", "dummy_setup");
+    assert_eq!(entry.commits, 1, "{entry:?}");
+    machine.print_status();
+    machine.assert_healthy();
+}
