@@ -78,6 +78,7 @@ fn request(guest: &Guest, regs: kvm_regs, budget: Duration) -> CallRequest<'_> {
         regs,
         sregs: &guest.sregs,
         clock: None,
+        vcpu: 0,
         stack: guest.stack_around(regs.rsp),
         function: DRIVER_TEXT,
         return_gate: Some(RETURN_GATE),

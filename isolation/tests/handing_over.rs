@@ -90,6 +90,7 @@ impl Bench {
             sregs: &self.guest.sregs,
             stack: self.guest.stack_around(regs.rsp),
             clock: None,
+            vcpu: 0,
             function: DRIVER_TEXT,
             return_gate: None,
             effects: Some(&self.effects),

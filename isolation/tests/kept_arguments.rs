@@ -95,6 +95,7 @@ fn call(guest: &Guest, domain: &mut Domain, object: u64, work: u64) -> CallResul
         sregs: &guest.sregs,
         stack: guest.stack_around(regs.rsp),
         clock: None,
+        vcpu: 0,
         function: DRIVER_TEXT,
         return_gate: None,
         effects: Some(&effects),

@@ -48,6 +48,7 @@ fn a_call_that_waits_a_little_stays_atomic() {
         regs,
         sregs: &guest.sregs,
         clock: None,
+        vcpu: 0,
         stack: guest.stack_around(regs.rsp),
         function: DRIVER_TEXT,
         return_gate: None,

@@ -33,6 +33,7 @@ pub(super) fn make_domain(
         kvm,
         memory: memory.clone(),
         cpuid: &registers.cpuid,
+        vcpus: registers.vcpus,
         sregs: &registers.sregs,
         monitor_gpa: vmm::layout::UNUSED.0,
         moving: match request.memory_moves {

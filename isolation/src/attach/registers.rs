@@ -15,6 +15,8 @@ use crate::guest::paging::AddressSpace;
 /// A vCPU's control registers and the tables that the guest is looked at through.
 pub(super) struct Registers {
     pub cpuid: CpuId,
+    /// How many vCPUs there are.
+    pub vcpus: u8,
     pub physical_bits: u8,
     pub sregs: kvm_sregs,
     pub space: AddressSpace,
@@ -43,6 +45,8 @@ impl Registers {
         known: &KnownPlaces,
         memory: &GuestMemory,
     ) -> Result<Self, AttachError> {
+        // Their numbers are bytes, too.
+        let count = u8::try_from(vcpus.count()).unwrap_or(u8::MAX);
         let vcpu = vcpus.get(0).ok_or(AttachError::NoKernelTables)?;
         let cpuid = vcpu
             .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
@@ -62,6 +66,7 @@ impl Registers {
         };
         Ok(Self {
             cpuid,
+            vcpus: count,
             physical_bits,
             sregs,
             space,

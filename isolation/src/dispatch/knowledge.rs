@@ -21,7 +21,7 @@ pub(super) const USER_END: u64 = 0x0000_8000_0000_0000;
 
 /// What is known of the guest for one module, fixed while it is isolated.
 pub struct Knowledge {
-    pub(super) symbols: Arc<SymbolTable>,
+    pub(crate) symbols: Arc<SymbolTable>,
     module: String,
     text: Vec<GvaRange>,
     data: Vec<GvaRange>,

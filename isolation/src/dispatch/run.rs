@@ -143,6 +143,7 @@ impl Armed {
             regs: at.regs,
             sregs: &at.sregs,
             clock: Some(at.vcpu),
+            vcpu: at.index,
             stack,
             function: gate.body,
             return_gate: (self.open.spilled.len() < MAX_OPEN)

@@ -55,7 +55,7 @@ impl Domain {
         self.warm.clear();
         self.view.drop_all()?;
         self.overlays.write_all(&mut self.view)?;
-        self.adopted = None;
+        self.vm.forget_adopted();
         self.roots.forget();
         self.has_failed = false;
         Ok(())

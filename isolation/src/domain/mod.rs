@@ -71,7 +71,7 @@ use error::DomainError;
 use host_memory::HostMemory;
 use monitor::{AREA_PAGES, Monitor};
 use overlay::Overlays;
-use private_vm::{FaultRegisters, Kept, PrivateVm};
+use private_vm::PrivateVm;
 use recorder::Recorder;
 use roots::{FixedPages, ROOT_OFFSETS, Root, Roots};
 use stale::StalePages;
@@ -101,6 +101,8 @@ pub struct DomainConfig<'a> {
     pub memory: Arc<GuestMemory>,
     /// CPUID of the guest's vCPUs.
     pub cpuid: &'a CpuId,
+    /// How many they are.
+    pub vcpus: u8,
     /// Control registers of a vCPU of the guest in kernel mode.
     pub sregs: &'a kvm_sregs,
     /// Guest physical address for the monitor area, which no memory and no device of the guest has.
@@ -122,17 +124,6 @@ pub struct DomainConfig<'a> {
     pub host_memory: HostMemory,
     /// Signal that interrupts a vCPU thread; the process has a handler for it.
     pub kick_signal: i32,
-}
-
-/// The control registers and segment bases of K that P has taken over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Adopted {
-    cr0: u64,
-    cr4: u64,
-    efer: u64,
-    gs_base: u64,
-    /// What P has for them.
-    kept: Kept,
 }
 
 /// One driver domain: a private VM for the functions of one driver.
@@ -163,7 +154,6 @@ pub struct Domain {
     moving: Option<GvaRange>,
     copied: moving::Copied,
     slot_bases: Vec<Pfn>,
-    adopted: Option<Adopted>,
     watchdog: Watchdog,
     /// Crossings, and calls with the driver's rights, when the call began.
     crossings_at_entry: (u64, u64),
@@ -205,7 +195,7 @@ impl Domain {
             return Err(DomainError::MonitorPlace(gpa));
         }
         let monitor = Monitor::new(gpa, va, gpa + driver, gpa + kernel)?;
-        let vm = PrivateVm::new(config.kvm, &view, &monitor, config.cpuid)?;
+        let vm = PrivateVm::new(config.kvm, &view, &monitor, (config.vcpus, config.cpuid))?;
         let roots = Roots::new(cr3, config.moving);
         let mut domain = Self {
             slot_bases: private_vm::slot_bases(&view),
@@ -231,7 +221,6 @@ impl Domain {
             copied: moving::Copied::default(),
             refusals: HashMap::new(),
             written_by_kernel: WrittenByKernel::default(),
-            adopted: None,
             watchdog: Watchdog::start(config.kick_signal).map_err(DomainError::Watchdog)?,
             crossings_at_entry: (0, 0),
             trapped: HashMap::new(),
@@ -367,27 +356,8 @@ impl Domain {
     /// Takes over K's control registers if they changed; says whether they did.
     fn adopt(&mut self, sregs: &kvm_sregs) -> Result<bool, DomainError> {
         self.crossings_at_entry = self.monitor.kernel_calls();
-        let kernels = (sregs.cr0, sregs.cr4, sregs.efer, sregs.gs.base);
-        let is_same =
-            |adopted: Adopted| (adopted.cr0, adopted.cr4, adopted.efer, adopted.gs_base) == kernels;
-        if self.adopted.is_some_and(is_same) {
-            return Ok(false);
-        }
         let kernel_root = self.monitor.gpa() + ROOT_OFFSETS.1;
-        let (cr0, cr4, efer, gs_base) = kernels;
-        self.adopted = Some(Adopted {
-            cr0,
-            cr4,
-            efer,
-            gs_base,
-            kept: self.vm.adopt(sregs, &self.monitor, kernel_root)?,
-        });
-        Ok(true)
-    }
-
-    /// Whether P's control registers are still those that it was given.
-    fn is_as_adopted(&self, now: &FaultRegisters) -> bool {
-        self.adopted.is_some_and(|adopted| adopted.kept == now.kept)
+        Ok(self.vm.adopt(sregs, &self.monitor, kernel_root)?)
     }
 
     fn build_roots(&mut self, cr3: u64) -> Result<(), DomainError> {

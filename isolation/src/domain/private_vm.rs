@@ -1,4 +1,8 @@
-//! P: the second KVM VM, over the private view, with one vCPU on which isolated calls run.
+//! P: the second KVM VM, over the private view, on whose vCPUs isolated calls run.
+//!
+//! It has one for each of the guest's, of which one at most runs: calls of a guest's vCPU always run
+//! on the same thread and the same vCPU of P. Before Linux 6.13 KVM waits for a grace period of RCU
+//! where another thread than the last runs a vCPU.
 //!
 //! P has no interrupt controller and takes no interrupts. Its memory slots are set once and never
 //! change. Registers travel through `kvm_run` (KVM API, section 8.2 `KVM_CAP_SYNC_REGS`), so a warm
@@ -10,7 +14,7 @@
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_USER_SPACE_MSR, KVM_MEM_LOG_DIRTY_PAGES, KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN, KVM_SYNC_X86_SREGS,
-    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_enable_cap, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, kvm_enable_cap, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{
@@ -20,21 +24,16 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::monitor::{AREA_PAGES, Monitor};
 use super::view::{PAGE_SIZE, Pfn, PrivateView};
-use clock::Clock;
-pub use control::{FaultRegisters, Kept};
-use control::{code_segment, data_segment};
+pub use control::FaultRegisters;
+use control::Kept;
 pub use exits::Exit;
+use processor::Processor;
 use vmm::dirty_ring::DirtyRing;
 
 mod clock;
 mod control;
 mod exits;
-
-/// CR0.TS: an FPU instruction raises #NM.
-const CR0_TS: u64 = 1 << 3;
-const CR4_PGE: u64 = 1 << 7;
-const CR4_LA57: u64 = 1 << 12;
-const CR4_PCIDE: u64 = 1 << 17;
+mod processor;
 
 /// Exits that a half-done access may take at most until KVM forgets it. A repeated string
 /// instruction between memory and a device is one of up to 1,024 parts, of a load and a store each,
@@ -72,24 +71,24 @@ fn kvm(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> PrivateVmError {
 /// The private VM.
 #[derive(Debug)]
 pub struct PrivateVm {
-    // Fields are dropped in this order: the ring's mapping before the descriptors.
-    ring: DirtyRing,
-    vcpu: VcpuFd,
+    // Fields are dropped in this order: the vCPUs before the VM.
+    processors: Vec<Processor>,
+    /// The one that runs, or ran last.
+    current: usize,
     _vm: VmFd,
     runs: u64,
-    clock: Clock,
     /// An exit leaves the control registers and segments in the shared page.
     tells_system: bool,
 }
 
 impl PrivateVm {
-    /// A VM over the private side of `view` and the `monitor` area, for a guest whose vCPUs have
-    /// `cpuid`.
+    /// A VM over the private side of `view` and the `monitor` area, for a guest with so many vCPUs,
+    /// which have `cpuid`. The first is the one that runs.
     pub fn new(
         kvm_device: &Kvm,
         view: &PrivateView,
         monitor: &Monitor,
-        cpuid: &CpuId,
+        (vcpus, cpuid): (u8, &CpuId),
     ) -> Result<Self, PrivateVmError> {
         let vm = kvm_device.create_vm().map_err(kvm("KVM_CREATE_VM"))?;
         DirtyRing::enable(&vm).map_err(kvm("KVM_CAP_DIRTY_LOG_RING"))?;
@@ -105,87 +104,90 @@ impl PrivateVm {
         vmm::show_triple_faults(&vm);
         trap_timer(&vm)?;
         set_slots(&vm, view, monitor)?;
-        let mut vcpu = vm.create_vcpu(0).map_err(kvm("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
-        vcpu.set_sync_valid_reg(SyncReg::Register);
         // Where KVM can, each exit tells the control registers, too, which most exceptions ask for.
         let shared = kvm_device.check_extension_int(Cap::SyncRegs);
         let tells_system = shared & KVM_SYNC_X86_SREGS.cast_signed() != 0;
-        if tells_system {
-            vcpu.set_sync_valid_reg(SyncReg::SystemRegister);
-        }
-        let ring = DirtyRing::map(&vm, &vcpu).map_err(PrivateVmError::DirtyRing)?;
+        let processors = (0..vcpus.max(1)).map(|n| Processor::new(&vm, n, cpuid, tells_system));
         Ok(Self {
-            ring,
-            vcpu,
+            processors: processors.collect::<Result<_, _>>()?,
+            current: 0,
             _vm: vm,
             runs: 0,
-            clock: Clock::default(),
             tells_system,
         })
     }
 
-    /// Takes over the control registers and segments of a vCPU of the guest, with P's own
-    /// descriptor tables and roots. Only needed when they changed since the last time. Returns what
-    /// calls leave as it is now.
+    /// Has all that follows done by the vCPU for this one of the guest's, from 0. `false`, and
+    /// nothing done, if there is none.
+    pub fn turn_to(&mut self, vcpu: u8) -> bool {
+        let is_there = usize::from(vcpu) < self.processors.len();
+        if is_there {
+            self.current = vcpu.into();
+        }
+        is_there
+    }
+
+    fn processor(&self) -> &Processor {
+        &self.processors[self.current]
+    }
+
+    fn processor_mut(&mut self) -> &mut Processor {
+        &mut self.processors[self.current]
+    }
+
+    fn vcpu(&self) -> &VcpuFd {
+        &self.processor().vcpu
+    }
+
+    fn vcpu_mut(&mut self) -> &mut VcpuFd {
+        &mut self.processor_mut().vcpu
+    }
+
+    /// Takes over the control registers and segments of a vCPU of the guest if they changed since
+    /// the last time, with P's own descriptor tables and roots; says whether they did.
     pub fn adopt(
         &mut self,
         k: &kvm_sregs,
         monitor: &Monitor,
         kernel_root: u64,
-    ) -> Result<Kept, PrivateVmError> {
-        if k.cr4 & CR4_LA57 != 0 {
-            return Err(PrivateVmError::FiveLevelPaging);
-        }
-        let mut sregs = self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
-        sregs.cs = code_segment();
-        (sregs.ds, sregs.es, sregs.ss) = (data_segment(), data_segment(), data_segment());
-        sregs.fs = k.fs;
-        sregs.gs = k.gs;
-        sregs.ldt = kvm_segment {
-            unusable: 1,
-            ..Default::default()
-        };
-        let (base, limit) = monitor.tss();
-        sregs.tr = kvm_segment {
-            base,
-            limit,
-            type_: 11,
-            present: 1,
-            selector: 0x40,
-            ..Default::default()
-        };
-        (sregs.gdt.base, sregs.gdt.limit) = monitor.gdt();
-        (sregs.idt.base, sregs.idt.limit) = monitor.idt();
-        sregs.cr0 = k.cr0 | CR0_TS;
-        sregs.cr3 = kernel_root;
-        sregs.cr4 = k.cr4 & !(CR4_PGE | CR4_PCIDE);
-        sregs.efer = k.efer;
-        sregs.interrupt_bitmap = [0; 4];
-        self.vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
-        Ok(Kept::of(&sregs))
+    ) -> Result<bool, PrivateVmError> {
+        self.processor_mut().adopt(k, monitor, kernel_root)
+    }
+
+    /// Whether the control registers are still those that were taken over.
+    pub fn is_as_adopted(&self, now: &FaultRegisters) -> bool {
+        self.processor().is_as_adopted(now)
+    }
+
+    /// A call may have changed them: they are taken over anew for the next one.
+    pub fn forget_adopted(&mut self) {
+        self.processor_mut().forget_adopted();
     }
 
     /// Makes P's time-stamp counter that of `k`; returns the number of system calls it took.
     pub fn follow_clock(&mut self, k: &VcpuFd) -> Result<u32, PrivateVmError> {
-        self.clock.follow(k, &self.vcpu)
+        let processor = self.processor_mut();
+        processor.clock.follow(k, &processor.vcpu)
     }
 
     /// The time-stamp counters of K's vCPUs were set: P's is compared with them again from the next
     /// call on.
     pub fn forget_clock(&mut self) {
-        self.clock.forget();
+        for processor in &mut self.processors {
+            processor.clock.forget();
+        }
     }
 
     /// General registers at the last exit.
     pub fn regs(&self) -> kvm_regs {
-        self.vcpu.sync_regs().regs
+        self.vcpu().sync_regs().regs
     }
 
     /// Sets the general registers for the next run.
     pub fn set_regs(&mut self, regs: &kvm_regs) {
-        self.vcpu.sync_regs_mut().regs = *regs;
-        self.vcpu.set_sync_dirty_reg(SyncReg::Register);
+        let vcpu = self.vcpu_mut();
+        vcpu.sync_regs_mut().regs = *regs;
+        vcpu.set_sync_dirty_reg(SyncReg::Register);
     }
 
     /// Whether [`PrivateVm::fault_registers`] needs no system call.
@@ -196,8 +198,8 @@ impl PrivateVm {
     /// Control registers at the last exit.
     pub fn fault_registers(&self) -> Result<FaultRegisters, PrivateVmError> {
         let sregs = match self.tells_system {
-            true => self.vcpu.sync_regs().sregs,
-            false => self.vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
+            true => self.vcpu().sync_regs().sregs,
+            false => self.vcpu().get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
         };
         Ok(FaultRegisters {
             cr2: sregs.cr2,
@@ -209,11 +211,12 @@ impl PrivateVm {
     /// Lets KVM forget a half-done access, a pending exception or a triple fault after a call was
     /// stopped in the middle of something.
     pub fn settle(&mut self) -> Result<(), PrivateVmError> {
-        self.vcpu.set_kvm_immediate_exit(1);
+        let vcpu = self.vcpu_mut();
+        vcpu.set_kvm_immediate_exit(1);
         // An access that crosses a page, or is of more than eight bytes, is several exits.
         let mut exits = 0..MAX_COMPLETION_EXITS;
-        let end = exits.find_map(|_| self.vcpu.run().map(drop).err());
-        self.vcpu.set_kvm_immediate_exit(0);
+        let end = exits.find_map(|_| vcpu.run().map(drop).err());
+        vcpu.set_kvm_immediate_exit(0);
         match end {
             Some(end) if matches!(end.errno(), libc::EINTR | libc::EAGAIN) => {}
             Some(source) => {
@@ -224,10 +227,7 @@ impl PrivateVm {
             }
             None => return Err(PrivateVmError::NotSettled),
         }
-        let mut events = self
-            .vcpu
-            .get_vcpu_events()
-            .map_err(kvm("KVM_GET_VCPU_EVENTS"))?;
+        let mut events = vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?;
         events.exception.injected = 0;
         events.exception.pending = 0;
         events.nmi.injected = 0;
@@ -235,8 +235,7 @@ impl PrivateVm {
         events.interrupt.shadow = 0;
         events.triple_fault.pending = 0;
         events.flags &= KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
-        self.vcpu
-            .set_vcpu_events(&events)
+        vcpu.set_vcpu_events(&events)
             .map_err(kvm("KVM_SET_VCPU_EVENTS"))
     }
 
@@ -246,7 +245,7 @@ impl PrivateVm {
         bases: &[Pfn],
         mut seen: impl FnMut(Pfn),
     ) -> Result<(), PrivateVmError> {
-        let harvest = self.ring.harvest(|slot, offset| {
+        let harvest = self.processor_mut().ring.harvest(|slot, offset| {
             if let Some(base) = bases.get(slot as usize) {
                 seen(Pfn(base.0 + offset));
             }
@@ -254,7 +253,7 @@ impl PrivateVm {
         harvest.map_err(|lost| PrivateVmError::DirtyRing(std::io::Error::other(lost)))?;
         // A page that is dropped from the private view loses its mapping and appears again without
         // a reset, so one in tens of thousands of pages will do.
-        match self.ring.is_half_seen() {
+        match self.processor().ring.is_half_seen() {
             true => self.reset_ring(),
             false => Ok(()),
         }
@@ -262,12 +261,18 @@ impl PrivateVm {
 
     /// Whether half of the ring is to be harvested.
     pub fn ring_is_half_full(&self) -> bool {
-        self.ring.is_half_full()
+        self.processor().ring.is_half_full()
     }
 
-    /// Empties the ring for KVM, after [`Exit::DirtyRingFull`].
+    /// Empties the rings for KVM, after [`Exit::DirtyRingFull`].
     pub fn reset_ring(&mut self) -> Result<(), PrivateVmError> {
-        self.ring.reset().map_err(PrivateVmError::DirtyRing)
+        let reset = self.processor_mut().ring.reset();
+        reset.map_err(PrivateVmError::DirtyRing)?;
+        // All of a VM are.
+        for processor in &mut self.processors {
+            processor.ring.was_reset();
+        }
+        Ok(())
     }
 
     /// Number of `KVM_RUN` calls made.

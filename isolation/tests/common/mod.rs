@@ -29,6 +29,8 @@ use vm_memory::{Bytes, FileOffset, GuestAddress};
 mod kernel;
 pub use kernel::*;
 
+/// vCPUs that the guest has, as far as domains know.
+pub const VCPUS: u8 = 2;
 pub const PAGE: u64 = 4096;
 pub const MEMORY_PAGES: u64 = 1024;
 pub const DRIVER_TEXT: u64 = 0xffff_ffff_c000_1000;
@@ -227,6 +229,7 @@ impl Guest {
             kvm: &self.kvm,
             memory: self.memory.clone(),
             cpuid: &self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap(),
+            vcpus: VCPUS,
             sregs: &self.sregs,
             monitor_gpa,
             moving: self.moving,
@@ -286,18 +289,23 @@ impl Guest {
         regs: kvm_regs,
     ) -> Result<CallResult, DomainError> {
         kernel.memory = Some(self.memory.clone());
-        let request = CallRequest {
+        domain.call(&self.request(regs), kernel)
+    }
+
+    /// A call by the first vCPU.
+    pub fn request(&self, regs: kvm_regs) -> CallRequest<'_> {
+        CallRequest {
             regs,
             sregs: &self.sregs,
             stack: self.stack_around(regs.rsp),
             clock: None,
+            vcpu: 0,
             function: DRIVER_TEXT,
             return_gate: None,
             effects: None,
             budget: Duration::from_secs(300),
             sleep_limit: Duration::from_millis(20),
-        };
-        domain.call(&request, kernel)
+        }
     }
 }
 

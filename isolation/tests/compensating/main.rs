@@ -221,6 +221,7 @@ impl Bench {
             sregs: &guest.sregs,
             stack: guest.stack_around(regs.rsp),
             clock: None,
+            vcpu: 0,
             function: DRIVER_TEXT,
             return_gate: Some(RETURN_GATE),
             effects: Some(effects),

@@ -59,6 +59,7 @@ fn request<'a>(guest: &'a Guest, regs: kvm_regs) -> CallRequest<'a> {
         sregs: &guest.sregs,
         stack: guest.stack_around(regs.rsp),
         clock: None,
+        vcpu: 0,
         function: DRIVER_TEXT,
         return_gate: Some(RETURN_GATE),
         effects: None,

@@ -358,6 +358,7 @@ fn a_call_that_hangs_is_ended_by_its_budget() {
         sregs: &guest.sregs,
         stack: guest.stack_around(regs.rsp),
         clock: None,
+        vcpu: 0,
         function: DRIVER_TEXT,
         return_gate: None,
         effects: None,

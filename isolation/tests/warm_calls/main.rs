@@ -11,7 +11,7 @@ use common::*;
 use counting::allocations;
 use iced_x86::code_asm::*;
 use isolation::domain::Domain;
-use isolation::domain::transaction::{CallEnd, CallResult};
+use isolation::domain::transaction::{CallEnd, CallRequest, CallResult};
 use kvm_bindings::kvm_regs;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -79,6 +79,55 @@ fn a_warm_call_allocates_nothing_and_asks_the_host_for_nothing() {
         assert_eq!(u64::from(result.stats.dirty_pages), PAGES + 1);
     }
     assert_eq!(word(&guest, PAGES - 1), u64::from(2 * UNTIL_WARM));
+}
+
+/// The guest's vCPUs have other GS bases, which P's would have to be given anew if they had one for
+/// all: two system calls, and before Linux 6.13 a grace period of RCU.
+#[test]
+fn calls_of_two_processors_by_turns_are_warm_too() {
+    let (guest, mut kernel) = guest_with(1);
+    guest.code(DRIVER_TEXT, |a| {
+        a.mov(rcx, WRITTEN).unwrap();
+        a.inc(qword_ptr(rcx)).unwrap();
+        a.rdgsbase(rax).unwrap();
+        a.ret().unwrap();
+    });
+    let mut domain = guest.domain();
+    let of_vcpu = |vcpu: u8| {
+        let mut sregs = guest.sregs;
+        // CR4.FSGSBASE.
+        sregs.cr4 |= 1 << 16;
+        sregs.gs.base = WRITTEN + u64::from(vcpu) * 64;
+        sregs
+    };
+    let sregs: Vec<_> = (0..VCPUS).map(of_vcpu).collect();
+    kernel.memory = Some(guest.memory.clone());
+    let mut by_turns = |each: fn(CallResult)| {
+        for (vcpu, sregs) in (0..VCPUS).zip(&sregs) {
+            let request = CallRequest {
+                sregs,
+                vcpu,
+                ..guest.request(guest.entry_regs())
+            };
+            let result = domain.call(&request, &mut kernel).unwrap();
+            committed(&result);
+            assert_eq!(result.regs.rax, sregs.gs.base);
+            each(result);
+        }
+    };
+    (0..UNTIL_WARM).for_each(|_| by_turns(drop));
+    for _ in 0..UNTIL_WARM {
+        by_turns(|result| assert_eq!(result.stats.other_syscalls, 0));
+    }
+    assert_eq!(
+        word(&guest, 0),
+        u64::from(2 * UNTIL_WARM) * u64::from(VCPUS)
+    );
+    let unknown = CallRequest {
+        vcpu: VCPUS,
+        ..guest.request(guest.entry_regs())
+    };
+    assert!(domain.call(&unknown, &mut kernel).is_err());
 }
 
 /// A driver that counts up the first page, and as `rdi` says: 1, the second; 2, the second by its

@@ -69,7 +69,7 @@ impl PrivateVm {
     /// Runs until something stops it.
     pub fn run(&mut self) -> Result<Exit, PrivateVmError> {
         self.runs += 1;
-        let exit = match self.vcpu.run() {
+        let exit = match self.vcpu_mut().run() {
             Ok(exit) => exit,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 return Ok(Exit::Interrupted);
@@ -112,7 +112,7 @@ impl PrivateVm {
             VcpuExit::Intr => Exit::Interrupted,
             VcpuExit::Shutdown => Exit::Shutdown,
             _ => {
-                let reason = self.vcpu.get_kvm_run().exit_reason;
+                let reason = self.vcpu_mut().get_kvm_run().exit_reason;
                 if reason == kvm_bindings::KVM_EXIT_DIRTY_RING_FULL {
                     Exit::DirtyRingFull
                 } else {
@@ -124,13 +124,13 @@ impl PrivateVm {
 
     /// Gives the answer to the load of the last [`Exit::MmioRead`].
     pub fn answer_mmio(&mut self, value: u64) {
-        let run = self.vcpu.get_kvm_run();
+        let run = self.vcpu_mut().get_kvm_run();
         run.__bindgen_anon_1.mmio.data = value.to_le_bytes();
     }
 
     /// Bytes of each access and number of accesses of the exit for port I/O that just happened.
     fn port_access(&mut self) -> (usize, usize) {
-        let run = self.vcpu.get_kvm_run();
+        let run = self.vcpu_mut().get_kvm_run();
         // SAFETY: the last exit was KVM_EXIT_IO, so `io` is the member in use.
         let io = unsafe { run.__bindgen_anon_1.io };
         (usize::from(io.size), io.count as usize)
@@ -139,7 +139,7 @@ impl PrivateVm {
     /// Where access `index` of the last exit for port I/O has its value; `None` behind the last
     /// one.
     fn port_data(&mut self, index: usize) -> Option<&mut [u8]> {
-        let run = self.vcpu.get_kvm_run();
+        let run = self.vcpu_mut().get_kvm_run();
         // SAFETY: only called after KVM_EXIT_IO, so `io` is the member in use.
         let io = unsafe { run.__bindgen_anon_1.io };
         let bytes = usize::from(io.size);

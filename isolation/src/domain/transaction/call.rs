@@ -26,6 +26,8 @@ pub struct CallRequest<'a> {
     pub stack: GvaRange,
     /// The vCPU itself, whose clock P follows; `None` where the guest has no use for one.
     pub clock: Option<&'a VcpuFd>,
+    /// Number of that vCPU, from 0.
+    pub vcpu: u8,
     /// Guest virtual address at which the function's own code begins.
     pub function: u64,
     /// Guest virtual address of the return gate: an instruction in the guest that gives control

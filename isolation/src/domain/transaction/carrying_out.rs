@@ -69,6 +69,9 @@ impl Domain {
         supervisor: &mut dyn Supervisor,
         mut spilled: Option<&mut SpilledCall>,
     ) -> Result<CallResult, DomainError> {
+        if !self.vm.turn_to(request.vcpu) {
+            return Err(DomainError::Internal("a vCPU that was not there before"));
+        }
         let mut journal = spilled.as_mut().and_then(|spilled| spilled.journal.take());
         let before = spilled.as_deref();
         let mut time = before.map_or_else(CallTime::default, |spilled| spilled.time);

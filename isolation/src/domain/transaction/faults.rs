@@ -31,7 +31,7 @@ impl Call<'_> {
         self.interrupted_at = (frame.rip, frame.rsp);
         let fault = self.domain.vm.fault_registers()?;
         let (cr2, root) = (fault.cr2, self.domain.root_of(fault.cr3));
-        if root == Root::Driver && !self.domain.is_as_adopted(&fault) {
+        if root == Root::Driver && !self.domain.vm.is_as_adopted(&fault) {
             return Ok(Step::Violation(
                 ViolationKind::PrivilegedInstruction,
                 frame.rip,

@@ -243,7 +243,7 @@ impl Call<'_> {
         let start = Instant::now();
         self.domain.vm.settle()?;
         // It may have executed anything: control registers are set anew for the next call.
-        self.domain.adopted = None;
+        self.domain.vm.forget_adopted();
         self.posted.clear();
         self.later.clear();
         self.handed_over.clear();
