@@ -64,7 +64,7 @@ pub use gate::kick_signal;
 pub use handle::{HoldGuard, VmHandle, VmState, VmStatus};
 pub use hotplug::SharedSubscriber;
 pub use kvm::show_triple_faults;
-pub use marks::{MAX_MARKS, MarkError, MarkInfo, RewindError, RewindPhases, Rewound};
+pub use marks::{MAX_MARKS, MarkError, MarkInfo, RewindError, RewindPhases, Rewound, SinceMark};
 pub use outside::{Others, Outside};
 pub use participant::{Kept, Participant, RestFor, Unsettled};
 pub use paused::PausedVcpus;

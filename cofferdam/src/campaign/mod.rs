@@ -166,6 +166,7 @@ fn header_of(options: &CampaignOptions) -> Header {
         kinds: kinds.collect(),
         contain: options.setup.contain,
         steps: options.setup.steps,
+        twins: options.setup.twins,
     }
 }
 
@@ -398,6 +399,7 @@ mod tests {
             kinds: vec!["nop".to_owned()],
             contain: isolation::attach::request::Contain::Full,
             steps: Steps::All,
+            twins: 0,
         };
         let record = |number| Record {
             trial: Trial {

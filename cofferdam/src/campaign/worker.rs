@@ -11,6 +11,7 @@ mod baseline;
 mod edge;
 mod going_back;
 mod look;
+mod twins;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -46,6 +47,7 @@ use baseline::{Baseline, Laps};
 use edge::order;
 use going_back::{PATIENCE, unless_refused};
 use look::faults;
+use twins::Twins;
 
 /// Names of the marks.
 const NATIVE: &str = "native";
@@ -65,6 +67,8 @@ pub struct Setup {
     pub contain: Contain,
     /// Which steps of the work are done in a trial.
     pub steps: Steps,
+    /// Runs without a fault that the memory of isolated runs is compared with; 0: it is not.
+    pub twins: u32,
 }
 
 /// A fault to be put in.
@@ -118,6 +122,7 @@ pub struct Worker {
     events: BTreeMap<&'static str, u64>,
     /// Bytes of the console that are of earlier runs.
     heard: u64,
+    twins: Twins,
 }
 
 impl Worker {
@@ -144,6 +149,7 @@ impl Worker {
             isolated: Baseline::default(),
             events: BTreeMap::new(),
             heard: 0,
+            twins: Twins::None,
         };
         progress("reading the driver's code");
         worker.guest.agent().disconnect();
@@ -199,6 +205,10 @@ impl Worker {
                 status.violations,
                 first.map_or("none".to_owned(), |first| first.says)
             );
+        }
+        if setup.twins > 0 {
+            progress("which memory changes by itself");
+            worker.learn(setup.twins)?;
         }
         worker.heard = worker.guest.console_bytes();
         Ok(worker)
@@ -315,6 +325,7 @@ impl Worker {
             seen.elsewhere.push("contents of a file".to_owned());
         }
         self.look(way, fault, (since_ns, before, heard.silent), &mut seen)?;
+        seen.bystanders = self.bystanders(way, &seen)?;
         times.look = watch.lap(None);
         seen.took_ms = millis(begun.elapsed());
         seen.times = Some(times);

@@ -142,6 +142,10 @@ struct RunArgs {
     /// What the guest does in a trial of a fault in the driver's code
     #[arg(long, value_enum, default_value_t = StepsName::Called)]
     steps: StepsName,
+    /// Runs without a fault from which it is learnt which memory changes by itself: what else
+    /// changes, of what is in use, when the driver is isolated with a fault is an escape. 0: memory is not compared
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(0..=100))]
+    twins: u32,
     #[command(flatten)]
     stores: StoresArgs,
     /// How many faults
@@ -294,7 +298,7 @@ fn setup(
     images: &Images,
     workload: Workload,
     contain: Contain,
-    steps: Steps,
+    (steps, twins): (Steps, u32),
 ) -> anyhow::Result<Setup> {
     let options = GuestOptions::new(&images.images)?;
     Ok(Setup {
@@ -302,6 +306,7 @@ fn setup(
         workload,
         contain,
         steps,
+        twins,
     })
 }
 
@@ -318,9 +323,12 @@ impl RunArgs {
         ways.dedup();
         let contain = self.stores.contain(Contain::Full)?;
         let options = CampaignOptions {
-            setup: self
-                .told
-                .jailed(setup(&self.images, workload, contain, self.steps.into())?),
+            setup: self.told.jailed(setup(
+                &self.images,
+                workload,
+                contain,
+                (self.steps.into(), self.twins),
+            )?),
             kinds: or_all(self.kinds.into_iter().flatten().collect()),
             trials: self.trials,
             seed: self.seed,
@@ -373,7 +381,7 @@ pub(super) fn measure(
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let driver = workload.driver.clone();
     let options = CampaignOptions {
-        setup: setup(images, workload, Contain::Full, Steps::Called)?,
+        setup: setup(images, workload, Contain::Full, (Steps::Called, 0))?,
         kinds: or_all(kinds),
         trials,
         seed,
@@ -429,7 +437,8 @@ fn replay(
 ) -> anyhow::Result<Ending> {
     // Which steps a trial has is in the file.
     let of_header = |header: &Header| {
-        let setup = setup(images, header.workload.clone(), header.contain, Steps::All)?;
+        let how = (Steps::All, header.twins);
+        let setup = setup(images, header.workload.clone(), header.contain, how)?;
         Ok(told.jailed(setup))
     };
     let mut tell = |what: &str| told.says(what);

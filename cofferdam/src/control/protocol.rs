@@ -148,6 +148,15 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// What of memory has been in use since a mark and is otherwise? Answer: [`Reply::Bystanders`].
+    Bystanders {
+        /// An isolated module.
+        module: String,
+        /// The mark.
+        mark: String,
+        /// Are these to be left out from now on, until there is another mark of that name?
+        learn: bool,
+    },
     /// Put functions of a guest's module into a domain. Answer: [`Reply::Isolated`].
     Isolate {
         /// Name of the module.
@@ -406,6 +415,13 @@ pub enum Reply {
     Marks {
         /// All of them.
         marks: Vec<MarkInfo>,
+    },
+    /// Pieces of memory that are otherwise: how many, and the first of them.
+    Bystanders {
+        /// All of them.
+        count: u64,
+        /// Names of at most 16.
+        named: Vec<String>,
     },
     /// What was isolated, as `isolation::attach::request::Isolated` writes it.
     Isolated(serde_json::Value),

@@ -1,5 +1,6 @@
 //! What a VM process answers on its control socket.
 
+mod bystanders;
 mod drivers;
 mod faults;
 mod machine;
@@ -27,6 +28,8 @@ use super::kept_console::KeptConsole;
 use super::nics::Nics;
 use super::panic_watch::GuestPanic;
 use super::plugging::Plugging;
+use bystanders::Learned;
+
 use super::resident::Counter;
 use super::saved::SavedVm;
 use super::summary::summary;
@@ -52,6 +55,8 @@ pub struct VmService {
     saved: SavedVm,
     told: Told,
     resident: Counter,
+    /// Memory that changes by itself.
+    learned: Learned,
 }
 
 /// What is told of the guest besides.
@@ -85,6 +90,7 @@ impl VmService {
             config: summary(config),
             told,
             resident: Counter::default(),
+            learned: Learned::default(),
         })
     }
 
@@ -162,6 +168,11 @@ impl Handler for VmService {
             Request::Rewind { name } => self.rewind(name.as_deref(), asker),
             Request::Marks {} => Ok(self.marks()),
             Request::ForgetMark { name } => self.forget_mark(&name),
+            Request::Bystanders {
+                module,
+                mark,
+                learn,
+            } => self.bystanders(&module, &mark, learn),
             Request::Isolate {
                 module,
                 entries,

@@ -11,6 +11,7 @@
 //! function's first instruction is replaced.
 
 pub(crate) mod arm;
+mod bystanders;
 pub mod clean;
 mod isolate;
 mod kept;
@@ -132,6 +133,12 @@ pub enum AttachError {
         "no vCPU of the guest has page tables loaded in which the module is: is the guest up, and is it still loaded?"
     )]
     NoKernelTables,
+    /// Memory at a mark.
+    #[error(transparent)]
+    Mark(#[from] vmm::MarkError),
+    /// Who has which memory is not known.
+    #[error("it is isolated without containment: who has which memory of the guest is not known")]
+    NoMemoryModel,
     /// Something is not known of the guest that containment needs.
     #[error(
         "calls could not be contained: {0}. Nothing was isolated; `--contain none` isolates without, so that a \

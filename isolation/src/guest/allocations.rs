@@ -403,4 +403,4 @@ impl<M: GuestPhys> Allocations<'_, M> {
 
 #[cfg(test)]
 #[path = "allocations_tests.rs"]
-mod tests;
+pub(super) mod tests;

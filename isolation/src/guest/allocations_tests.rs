@@ -9,15 +9,15 @@ use crate::guest::paging::testing::TestGuest;
 use crate::guest::paging::{Entry, Levels};
 use crate::guest::symbols::{SymbolTable, read_kallsyms};
 
-const DIRECT: u64 = 0xffff_8880_0000_0000;
+pub(in crate::guest) const DIRECT: u64 = 0xffff_8880_0000_0000;
 const VMALLOC: u64 = 0xffff_c900_0000_0000;
-const VMEMMAP: u64 = 0xffff_ea00_0000_0000;
-const VARIABLES: u64 = 0xffff_ffff_8200_0000;
+pub(in crate::guest) const VMEMMAP: u64 = 0xffff_ea00_0000_0000;
+pub(in crate::guest) const VARIABLES: u64 = 0xffff_ffff_8200_0000;
 const CACHE: u64 = 0xffff_8880_0000_0100;
-const PAGE_STRUCT: u64 = 64;
+pub(in crate::guest) const PAGE_STRUCT: u64 = 64;
 
 /// Types as Linux 6.1 has them.
-fn types() -> Btf {
+pub(in crate::guest) fn types() -> Btf {
     types_of(false)
 }
 
@@ -79,7 +79,7 @@ fn types_of(newer: bool) -> Btf {
     Btf::parse(&e.bytes(), None).unwrap()
 }
 
-fn symbols() -> SymbolTable {
+pub(in crate::guest) fn symbols() -> SymbolTable {
     let text = format!(
         "{VARIABLES:x} D page_offset_base\n{:x} D vmalloc_base\n{:x} D vmemmap_base\n{:x} D __kfence_pool\n",
         VARIABLES + 8,
@@ -89,7 +89,7 @@ fn symbols() -> SymbolTable {
     read_kallsyms(text.as_bytes(), |_| true).unwrap()
 }
 
-const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
+pub(in crate::guest) const DATA: u64 = Entry::WRITE | Entry::NO_EXECUTE;
 
 /// Writes a `struct page`.
 fn put_page(guest: &mut TestGuest, pfn: u64, flags: u64, compound: u64, order: u8, count: u32) {
@@ -109,7 +109,7 @@ fn put_link(guest: &mut TestGuest, pfn: u64, link: u64) {
 
 /// A guest whose kernel has three kinds of pages: 16 single ones from 0; a slab of two pages at 16
 /// with objects of 192 bytes (176 asked for, 8 left of each); a compound page of order 3 at 24.
-fn guest() -> TestGuest {
+pub(in crate::guest) fn guest() -> TestGuest {
     let mut guest = TestGuest::new(Levels::Four);
     let bases = [DIRECT, VMALLOC, VMEMMAP, DIRECT + (40 << 12)];
     guest.put(Gva(VARIABLES), &bases.map(u64::to_le_bytes).concat(), DATA);

@@ -7,6 +7,7 @@
 pub mod addr;
 pub mod allocations;
 pub mod btf;
+pub mod bystanders;
 pub mod cold;
 pub mod fault_tables;
 pub(crate) mod field;

@@ -206,6 +206,11 @@ impl Machine {
         self.marks.contains_key(name)
     }
 
+    pub fn forget_mark(&mut self, name: &'static str) {
+        self.handle.forget_mark(name).unwrap();
+        self.marks.remove(name);
+    }
+
     /// Takes the guest back to a mark, at which nothing is isolated.
     pub fn rewind(&mut self, name: &'static str) {
         self.agent.disconnect();
@@ -351,6 +356,16 @@ impl Machine {
     pub fn kernel_code(&self, function: &str) -> Vec<u8> {
         let at = self.symbol(function);
         self.in_kernel_memory(|virt| virt.read_vec(Gva(at), 16).ok())
+    }
+
+    /// Guest physical address of a symbol of the kernel's.
+    pub fn physical(&self, name: &str) -> GuestAddress {
+        let at = Gva(self.symbol(name));
+        self.in_kernel_memory(|virt| Some(virt.space.walk(virt.memory, at).ok()?.gpa))
+    }
+
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        self.handle.ram().memory().clone()
     }
 
     /// The text of a module as it is in the guest's memory now.

@@ -42,6 +42,9 @@ pub struct Header {
     /// Which steps of the work are done in a trial.
     #[serde(default)]
     pub steps: Steps,
+    /// Runs without a fault that the memory of isolated runs is compared with; 0 where it is not.
+    #[serde(default)]
+    pub twins: u32,
 }
 
 /// A run of a trial.
@@ -247,6 +250,7 @@ pub(crate) mod tests {
             kinds: vec!["nop".to_owned()],
             contain: Contain::Full,
             steps: Steps::Called,
+            twins: 0,
         }
     }
 

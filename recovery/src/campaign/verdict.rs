@@ -45,6 +45,10 @@ pub struct Seen {
     /// What was changed that the driver has no business with.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub elsewhere: Vec<String>,
+    /// Isolated: memory that was in use all the time and is otherwise, where it is not in any run
+    /// without a fault, nor in those in which calls fail before they do anything.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bystanders: Vec<String>,
     /// Whether the device worked at the end.
     pub works: bool,
     /// Isolated: calls that were taken back.
@@ -276,7 +280,8 @@ pub fn verdict(way: Way, seen: &Seen) -> Verdict {
             () => Verdict::Benign,
         };
     }
-    let hurt = crashed || stands_still || !seen.elsewhere.is_empty();
+    let memory = !seen.elsewhere.is_empty() || !seen.bystanders.is_empty();
+    let hurt = crashed || stands_still || memory;
     let works = seen.works && !waits;
     match () {
         () if hurt => Verdict::Escaped,
@@ -353,6 +358,11 @@ mod tests {
             (
                 with(|seen| seen.elsewhere = vec!["/tmp/contents".into()]),
                 SilentCorruption,
+                Escaped,
+            ),
+            (
+                with(|seen| seen.bystanders = vec!["task_struct object".into()]),
+                Benign,
                 Escaped,
             ),
             (with(|seen| seen.works = false), LostDevice, Undetected),

@@ -23,6 +23,9 @@ pub enum MarkError {
     /// There is none.
     #[error("there is no mark {0}")]
     NoSuchMark(String),
+    /// The guest was at another one since.
+    #[error("the guest has not gone on from mark {0}: rewind it there first")]
+    NotFrom(String),
     /// There is none at all.
     #[error("the guest has no mark: set one first")]
     NoMark,

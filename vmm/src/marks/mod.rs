@@ -31,6 +31,7 @@ mod error;
 pub(crate) mod kept;
 mod pages;
 mod rewind;
+mod since;
 mod tree;
 
 pub use self::error::{MAX_MARKS, MarkError};
@@ -38,6 +39,7 @@ pub use self::kept::MarkInfo;
 use self::kept::{MarkState, Marks};
 use self::pages::{Base, Delta, Pages, Places};
 pub use self::rewind::{RewindError, RewindPhases, Rewound};
+pub use self::since::SinceMark;
 use self::tree::Tree;
 
 /// Longest name, in bytes.

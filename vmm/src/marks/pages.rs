@@ -222,6 +222,23 @@ pub(super) enum Found {
     At(*const u8),
 }
 
+impl Found {
+    /// Copies what is from `offset` on in the page that was found; `to` is not longer than what is
+    /// left of it. What the mark before has is left out.
+    pub fn read(self, offset: usize, to: &mut [u8]) {
+        let len = to.len().min(PAGE.saturating_sub(offset));
+        match self {
+            // SAFETY: a whole page that is kept, which nobody changes as long as the marks are
+            // borrowed, and which the range does not go beyond.
+            Self::At(kept) => unsafe {
+                std::ptr::copy_nonoverlapping(kept.add(offset.min(PAGE)), to.as_mut_ptr(), len);
+            },
+            Self::Zero => to.fill(0),
+            Self::Before => {}
+        }
+    }
+}
+
 impl Pages {
     /// Number of pages that take memory.
     pub fn count(&self) -> u64 {

@@ -37,7 +37,12 @@ impl AlarmsArgs {
     /// `campaign false-alarms`
     pub fn run(self) -> anyhow::Result<Ending> {
         let contain = self.stores.contain(Contain::Full)?;
-        let setup = setup(&self.images, self.work.workload()?, contain, Steps::All)?;
+        let setup = setup(
+            &self.images,
+            self.work.workload()?,
+            contain,
+            (Steps::All, 0),
+        )?;
         let time = Duration::from_secs(60 * u64::from(self.minutes));
         let mut each = |found: &FalseAlarms| {
             let (calls, taken_back) = found.totals();

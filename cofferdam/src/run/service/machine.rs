@@ -46,6 +46,7 @@ impl VmService {
         self.has_small_pages("marked")?;
         asker.tell("setting a mark").map_err(text)?;
         let marked = self.vm.mark(name, REST_TIME);
+        self.learned.forget(name);
         marked.map(Reply::Marked).map_err(text)
     }
 
@@ -72,6 +73,7 @@ impl VmService {
 
     pub(super) fn forget_mark(&self, name: &str) -> Result<Reply, String> {
         self.vm.forget_mark(name).map_err(text)?;
+        self.learned.forget(name);
         Ok(self.marks())
     }
 

@@ -2,6 +2,7 @@
 //! had come up. They go back there by a rewind, which takes the place of a boot.
 
 mod attaching;
+mod bystanders;
 mod compensating;
 mod dummy;
 pub mod e1000;
