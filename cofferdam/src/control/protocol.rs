@@ -420,7 +420,7 @@ pub enum Reply {
     Bystanders {
         /// All of them.
         count: u64,
-        /// Names of at most 16.
+        /// Names of at most 64.
         named: Vec<String>,
     },
     /// What was isolated, as `isolation::attach::request::Isolated` writes it.

@@ -34,6 +34,7 @@ use isolation::guest::symbols::SymbolTable;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::model::Model;
 
+use vm_memory::GuestAddress;
 use vmm::memory::MemorySource;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 

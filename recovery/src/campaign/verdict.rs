@@ -70,6 +70,14 @@ pub struct Seen {
     pub times: Option<Times>,
 }
 
+impl Seen {
+    /// Whether its memory can be compared with that of runs without a fault: the guest lives, and
+    /// its driver is the same one, isolated.
+    pub fn is_compared(&self) -> bool {
+        self.answers && self.given_up.is_none() && self.rungs == 0
+    }
+}
+
 /// What is as usual is left out of files that have thousands of it.
 pub(super) fn is_zero(number: &u64) -> bool {
     *number == 0

@@ -8,7 +8,7 @@ use super::machine::REST_TIME;
 use crate::control::protocol::Reply;
 
 /// Most pieces of memory that are named in one answer.
-const MOST_NAMED: usize = 16;
+const MOST_NAMED: usize = 64;
 
 /// What is known to change by itself, by mark: pieces by their first byte, with what is behind
 /// their last one.
