@@ -7,7 +7,9 @@ use crate::guest::bystanders::{Bystander, TwoTimes};
 
 impl Isolator {
     /// Brings the machine to rest, and finds the pieces of memory that have been in use since the
-    /// mark with this name and have other bytes now; not those that are known: of the guest
+    /// mark with this name, have other bytes now, and were written by calls of `module`: none when it
+    /// is asked for the first time, as it is remembered from then on where they write. Not those
+    /// that are known: of the guest
     /// physical address of a byte of such a one `known` tells where it ends. Lets the machine go on
     /// if it was running. `limit` is how long to wait for it to come to rest.
     ///
@@ -34,6 +36,10 @@ impl Isolator {
         self.vm.since_mark(mark, limit, |since| {
             self.with_module(module, |armed| {
                 let policy = armed.policy.as_ref().ok_or(AttachError::NoMemoryModel)?;
+                let Some(written) = armed.domain.view().written() else {
+                    armed.domain.remember_written();
+                    return Ok(Vec::new());
+                };
                 let times = TwoTimes {
                     model: policy.memory_model(),
                     symbols: &armed.guest.knowledge.symbols,
@@ -41,7 +47,7 @@ impl Isolator {
                     now: since.now(),
                     before: since,
                 };
-                Ok(times.differing(since.changed(), known))
+                Ok(times.differing(since.changed(), &|at| written.has(at), known))
             })
         })?
     }

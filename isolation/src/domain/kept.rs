@@ -8,6 +8,7 @@
 //! | pages opened for writing | those that were open then stay open |
 //! | private copies of a call in which the domain failed | all private copies are dropped |
 //! | patches in P's copies of code | as they were then, over the guest's code as it is again |
+//! | where calls have written to the guest's memory, if that is remembered | forgotten |
 //! | offset of the time-stamp counter | read anew |
 //! | functions that sleep or that only the guest may run, trampolines, counters | as they are |
 
@@ -37,6 +38,9 @@ impl Domain {
     /// meanwhile.
     pub fn put_back(&mut self, kept: &KeptDomain) -> Result<(), DomainError> {
         self.vm.forget_clock();
+        if self.view.written().is_some() {
+            self.view.remember_written();
+        }
         if self.has_failed {
             self.forget_the_call()?;
         }

@@ -56,6 +56,7 @@ pub mod violation;
 pub mod waiting;
 pub mod warm;
 pub mod watchdog;
+pub mod written;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -336,6 +337,11 @@ impl Domain {
     /// The private view, to look at.
     pub fn view(&self) -> &PrivateView {
         &self.view
+    }
+
+    /// Remembers from now on where calls write to the guest's memory, since the last rewind.
+    pub fn remember_written(&mut self) {
+        self.view.remember_written();
     }
 
     /// Pages kept from call to call.

@@ -34,6 +34,7 @@ use vm_memory::{
 use super::bases::{copy_down, take_over};
 pub use super::page::{PAGE_SIZE, Page, Pfn};
 use super::places::Places;
+use super::written::Written;
 use crate::policy::diff::PageMask;
 
 /// Why a view could not be made or used.
@@ -80,6 +81,8 @@ pub struct PrivateView {
     /// What copies were made from, if devices write K's pages meanwhile; of those that the host
     /// knows of.
     bases: Option<HashMap<Pfn, Box<Page>>>,
+    /// Where calls have written to K's memory, if that is wanted.
+    written: Option<Written>,
     /// That pages of the guest's which are missing come here, too.
     _tokens: Vec<ViewToken>,
 }
@@ -132,6 +135,7 @@ impl PrivateView {
             shared,
             private,
             bases: None,
+            written: None,
             _tokens: tokens,
         })
     }
@@ -265,6 +269,16 @@ impl PrivateView {
         Ok(unsafe { &mut *pointer })
     }
 
+    /// Remembers from now on where calls write to K's memory; what was remembered is forgotten.
+    pub fn remember_written(&mut self) {
+        self.written = Some(Written::default());
+    }
+
+    /// Where calls have written since that was to be remembered; `None` if it was not.
+    pub fn written(&self) -> Option<&Written> {
+        self.written.as_ref()
+    }
+
     /// Copies the bytes of `mask` from P's page to K's.
     pub fn publish(&mut self, pfn: Pfn, mask: &PageMask) -> Result<(), ViewError> {
         let from = self.places.private(pfn)?.cast::<u8>();
@@ -277,6 +291,9 @@ impl PrivateView {
             }
         }
         self.mark_shared(pfn);
+        if let Some(written) = &mut self.written {
+            mask.runs().for_each(|run| written.note(pfn, run));
+        }
         Ok(())
     }
 

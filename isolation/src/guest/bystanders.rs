@@ -1,6 +1,7 @@
 //! Memory that was in use at a mark, has been since, and has other bytes now.
 //!
-//! Taken piece by piece: an object of a slab, a page that somebody holds, a processor's part of a
+//! Only where calls of a domain have written to it: what the guest has changed by itself is its own
+//! business. Taken piece by piece: an object of a slab, a page that somebody holds, a processor's part of a
 //! per-CPU allocation, a symbol of the kernel's image. What was handed out or given back meanwhile
 //! is none. Which of the pieces had to change whoever compares with other runs knows.
 
@@ -75,11 +76,13 @@ enum Found {
 }
 
 impl<N: GuestPhys, B: GuestPhys> TwoTimes<'_, N, B> {
-    /// The pieces that differ in the pages that begin at `pages`, each once, but for those that are
-    /// known: of a byte of such a one `known` tells where it ends.
+    /// The pieces that differ in the pages that begin at `pages`, each once, in a word that counts by
+    /// its address, but for those that are known: of a byte of such a one `known` tells where it
+    /// ends.
     pub fn differing(
         &self,
         pages: &[GuestAddress],
+        counts: &dyn Fn(u64) -> bool,
         known: &mut dyn FnMut(u64) -> Option<u64>,
     ) -> Vec<Bystander> {
         let mut pages = pages.to_vec();
@@ -96,7 +99,7 @@ impl<N: GuestPhys, B: GuestPhys> TwoTimes<'_, N, B> {
             let words = now.chunks_exact(8).zip(before.chunks_exact(8)).enumerate();
             for (number, _) in words.filter(|(_, (now, before))| now != before) {
                 let at = page.0 + 8 * number as u64;
-                if at < behind {
+                if at < behind || !counts(at) {
                     continue;
                 }
                 if let Some(end) = known(at) {

@@ -34,7 +34,6 @@ use isolation::guest::symbols::SymbolTable;
 use isolation::status::{EntryStatus, ModuleStatus};
 use recovery::model::Model;
 
-use vm_memory::GuestAddress;
 use vmm::memory::MemorySource;
 use vmm::{DEFAULT_COMMAND_LINE, OnGuestReset, Payload, Vm, VmConfig, VmHandle};
 
@@ -357,16 +356,6 @@ impl Machine {
     pub fn kernel_code(&self, function: &str) -> Vec<u8> {
         let at = self.symbol(function);
         self.in_kernel_memory(|virt| virt.read_vec(Gva(at), 16).ok())
-    }
-
-    /// Guest physical address of a symbol of the kernel's.
-    pub fn physical(&self, name: &str) -> GuestAddress {
-        let at = Gva(self.symbol(name));
-        self.in_kernel_memory(|virt| Some(virt.space.walk(virt.memory, at).ok()?.gpa))
-    }
-
-    pub fn memory(&self) -> Arc<GuestMemory> {
-        self.handle.ram().memory().clone()
     }
 
     /// The text of a module as it is in the guest's memory now.

@@ -4,7 +4,8 @@
 //! What differs by chance is learnt from twins: runs without a fault, and runs in which a function of
 //! the driver has an undefined instruction, so that its call fails, and is taken back, before it has
 //! done anything wrong. Memory that was in use all the time, and differs from the mark in none of
-//! these, nobody had to change.
+//! these, and that calls of the driver have written, nobody had to change. What the guest writes
+//! otherwise because a call went otherwise is not looked at.
 
 use std::collections::BTreeSet;
 
@@ -52,6 +53,9 @@ impl Worker {
     pub(super) fn learn(&mut self, twins: u32) -> anyhow::Result<()> {
         self.twins = Twins::Learning;
         let workload = self.workload.clone();
+        // From now on it is remembered where calls write.
+        self.rewind(ISOLATED)?;
+        self.ask_for_bystanders()?;
         for _ in 0..twins {
             self.rewind(ISOLATED)?;
             self.work(&workload, FIRST_TIME)?;
