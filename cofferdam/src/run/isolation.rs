@@ -25,6 +25,7 @@ use vmm::snapshot::{Chain, SnapshotId};
 use vmm::{MarkError, RewindError, VmHandle};
 
 use super::at_ports;
+use super::elsewhere;
 use super::known::{Knowledge, Known};
 use super::nics::Nics;
 
@@ -98,10 +99,7 @@ impl Isolation {
             !self.writes_disks,
             "a disk that the guest writes does not go back with it"
         );
-        ensure!(
-            self.nics.elsewhere().is_none(),
-            "a NIC of the guest is elsewhere, and writes its memory meanwhile"
-        );
+        elsewhere::give_state(&self.nics, "taken back").map_err(|why| anyhow!(why))?;
         let chain = Chain::open(&dir)?;
         ensure!(
             chain.top().manifest().id == id,

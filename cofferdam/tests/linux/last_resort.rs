@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use cofferdam::bench::device_host::{DeviceHost, NAME};
 use cofferdam::bench::guest::Guest;
 use cofferdam::bench::network::{self, LINK_TIME};
 use cofferdam::control::protocol::Request;
@@ -67,12 +68,12 @@ fn a_driver_that_cannot_be_removed_is_stopped_where_the_guest_may_not_be_reset()
     victim.assert_healthy("a driver that was stopped");
 }
 
-fn take_snapshot(victim: &mut Victim, dir: &Path) {
+fn take_snapshot(victim: &mut Victim, dir: &Path, track: bool) {
     victim.guest.agent().disconnect();
     victim.ask(&Request::Snapshot {
         dir: dir.to_owned(),
         parent: None,
-        track: true,
+        track,
         stop: false,
     });
 }
@@ -112,11 +113,14 @@ fn is_back(victim: &mut Victim) {
 #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
 fn a_guest_that_has_a_snapshot_in_a_directory_and_no_mark_goes_back_to_it_without_a_boot() {
     let folder = tempfile::tempdir().unwrap();
-    let mut victim = victim();
+    goes_back_to_its_snapshot(victim(), folder.path(), true);
+}
+
+fn goes_back_to_its_snapshot(mut victim: Victim, folder: &Path, track: bool) {
     let first = boot_id(&mut victim.guest);
     victim.isolate(ENTRY, may_reset(MayReset::Snapshot));
     victim.run(&["sh", "-c", "echo before > /tmp/when"]);
-    take_snapshot(&mut victim, &folder.path().join("s"));
+    take_snapshot(&mut victim, &folder.join("s"), track);
     victim.run(&["sh", "-c", "echo behind > /tmp/when"]);
     let ladder = fail_to_restart(&mut victim);
     let rungs = &ladder.rungs;
@@ -132,6 +136,21 @@ fn a_guest_that_has_a_snapshot_in_a_directory_and_no_mark_goes_back_to_it_withou
 /// Run in the full form of the suite, or by name.
 mod long {
     use super::*;
+
+    /// The device's memory and state, which are elsewhere, go back too.
+    #[test]
+    #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
+    fn a_guest_with_a_nic_of_a_device_host_goes_back_to_its_snapshot_without_a_boot() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options().among(folder.path(), "left");
+        let words = ["--model", "e1000", "--net", "user"];
+        let host = DeviceHost::start(&options.program, folder.path(), &words).unwrap();
+        let network =
+            format!("--nic device={NAME} --append cofferdam.net=e1000,10.0.2.15/24,10.0.2.2");
+        let victim = Victim::of(boot(&options.with(&network)));
+        goes_back_to_its_snapshot(victim, folder.path(), false);
+        assert_eq!(host.status().unwrap().contexts.len(), 1);
+    }
 
     #[test]
     #[ignore = "needs a KVM that boots Linux: cargo xtask test runs it in the lab"]
@@ -181,7 +200,7 @@ mod long {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("s");
         the_guest_is_reset(MayReset::Snapshot, |victim| {
-            take_snapshot(victim, &dir);
+            take_snapshot(victim, &dir, true);
             std::fs::remove_dir_all(&dir).unwrap();
         });
     }

@@ -8,6 +8,7 @@ mod back;
 mod common;
 mod counting;
 mod golden;
+mod outside;
 mod paused;
 mod places;
 
