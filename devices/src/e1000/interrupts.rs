@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::E1000;
-use super::regs::{ICR, IMS, ITR, icr};
+use super::regs::{ITR, icr};
 use super::timers::Timer;
 use crate::clock::monotonic_ns;
 use crate::pci::config::Command;
@@ -44,38 +44,39 @@ impl E1000 {
     /// Sets causes; asserts the line where it should be.
     pub(super) fn raise(&mut self, causes: u32) {
         if causes != 0 {
-            self.regs.set(ICR, self.regs.get(ICR) | causes & icr::ALL);
+            self.set_causes(causes & icr::ALL);
             self.update_interrupt();
         }
     }
 
     /// Reading ICR acknowledges all causes.
     pub(super) fn read_icr(&mut self) -> u32 {
-        let causes = self.regs.get(ICR);
         if self.line.driven {
             self.interrupts_taken.record(monotonic_ns());
         }
+        let causes = self.take_causes(u32::MAX);
         if causes != 0 {
-            self.clear_causes(causes);
+            self.update_interrupt();
         }
         causes
     }
 
     /// Clears causes as a read of ICR or a write to it does.
     pub(super) fn clear_causes(&mut self, causes: u32) {
-        self.regs.set(ICR, self.regs.get(ICR) & !causes);
+        self.take_causes(causes);
         self.update_interrupt();
     }
 
-    /// Sets the interrupt mask.
-    pub(super) fn set_interrupt_mask(&mut self, mask: u32) {
-        self.regs.set(IMS, mask & icr::ALL);
+    /// Sets or clears bits of the interrupt mask.
+    pub(super) fn change_interrupt_mask(&mut self, bits: u32, set: bool) {
+        self.change_mask(bits & icr::ALL, set);
         self.update_interrupt();
     }
 
     /// Brings the line to the level that causes, mask and throttle ask for.
     pub(super) fn update_interrupt(&mut self) {
-        let pending = self.regs.get(ICR) & self.regs.get(IMS) != 0;
+        let (causes, mask) = self.causes_and_mask();
+        let pending = causes & mask != 0;
         if pending && !self.line.asserted {
             if let Some(wait_ns) = self.throttled_for() {
                 self.timers.start_if_idle(Timer::Throttle, wait_ns);

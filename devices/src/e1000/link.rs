@@ -120,7 +120,7 @@ impl E1000 {
             | (self.phy.speed() as u32) << status::ASDV_SHIFT
             | if up { status::LU } else { 0 }
             | if full_duplex { status::FD } else { 0 };
-        self.regs.set(STATUS, new);
+        self.set_status(new);
         if (old ^ new) & status::LU != 0 {
             tracing::debug!("e1000: link is {}", if up { "up" } else { "down" });
             self.raise(icr::LSC);

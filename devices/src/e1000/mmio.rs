@@ -66,6 +66,7 @@ impl E1000 {
             EERD => self.eeprom.read_eerd(),
             ICR => self.read_icr(),
             ICS | IMC => 0,
+            IMS => self.causes_and_mask().1,
             offset if stats::RANGE.contains(&offset) => self.regs.read_statistic(offset),
             offset => self.regs.get(offset),
         }
@@ -85,8 +86,8 @@ impl E1000 {
             MDIC => self.write_mdic(value),
             ICR => self.clear_causes(value),
             ICS => self.raise(value),
-            IMS => self.set_interrupt_mask(self.regs.get(IMS) | value),
-            IMC => self.set_interrupt_mask(self.regs.get(IMS) & !value),
+            IMS => self.change_interrupt_mask(value, true),
+            IMC => self.change_interrupt_mask(value, false),
             PBA => {
                 let receive = (value & 0x7f).min(PACKET_BUFFER_KIB);
                 self.regs

@@ -41,6 +41,7 @@ mod regs;
 mod ring;
 mod rx;
 mod rx_checksum;
+mod shared;
 mod state;
 mod stats;
 #[cfg(test)]
@@ -69,6 +70,7 @@ use crate::dma::DmaSpace;
 use crate::irq::IrqLine;
 use crate::moments::Moments;
 use crate::pci::config::{Command, ConfigError, ConfigSpace, InterruptPin, PciIdentity, Status};
+use crate::pci::shared::{SharedPage, SharesRegisters};
 use crate::pci::{BarIndex, BarRange, BarSize, BarSpace, PciFunction};
 use crate::rate_limit::RateLimit;
 use crate::state::{Part, StateError};
@@ -129,6 +131,8 @@ impl E1000Config {
 pub struct E1000 {
     config: ConfigSpace,
     regs: RegisterFile,
+    /// Where some of them are while another process has them as well.
+    shared: Option<SharedPage>,
     eeprom: Eeprom,
     phy: Phy,
     tx: Transmitter,
@@ -190,6 +194,7 @@ impl E1000 {
         let mut nic = Self {
             config: configuration_space()?,
             regs: RegisterFile::power_on(),
+            shared: None,
             eeprom: Eeprom::new(config.mac, DEVICE_ID, SUBSYSTEM_ID),
             phy: Phy::default(),
             tx: Transmitter::default(),
@@ -285,7 +290,7 @@ impl E1000 {
         ] {
             self.timers.stop(timer);
         }
-        self.regs = self.regs.after_reset();
+        self.set_registers(self.regs.after_reset());
         self.reset_units();
         let request = self.phy.hold_in_reset(false);
         self.change_link(request);
@@ -307,7 +312,7 @@ impl E1000 {
     /// Everything but configuration space.
     fn hardware_reset(&mut self) {
         self.timers.stop_all();
-        self.regs = RegisterFile::power_on();
+        self.set_registers(RegisterFile::power_on());
         self.phy = Phy::default();
         self.show_link();
         self.reset_units();
@@ -379,6 +384,10 @@ impl PciFunction for E1000 {
 
     fn bars(&self) -> Vec<BarSize> {
         self.config.bars()
+    }
+
+    fn shares_registers(&mut self) -> Option<&mut dyn SharesRegisters> {
+        Some(self)
     }
 
     fn bar_read(&mut self, bar: BarIndex, offset: u64, data: &mut [u8]) {

@@ -4,7 +4,7 @@
 use arbitrary::Arbitrary;
 
 use super::bench::{Bench, MAC};
-use super::regs::{self, ICR, IMS, ITR};
+use super::regs::{self, ITR};
 use super::ring::Ring;
 use super::{BAR_IO, BAR_MEMORY, E1000Config, Error};
 use crate::pci::PciFunction;
@@ -231,7 +231,8 @@ impl Exercise {
     /// The line is asserted only while there is a cause, and at once unless it is throttled.
     fn check_interrupt(&mut self) {
         let nic = &self.bench.nic;
-        let pending = nic.regs.get(ICR) & nic.regs.get(IMS) != 0;
+        let (causes, mask) = nic.causes_and_mask();
+        let pending = causes & mask != 0;
         let disabled = nic.config.command().contains(Command::INTERRUPT_DISABLE);
         let asserted = self.bench.interrupt();
         assert!(

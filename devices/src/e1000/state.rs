@@ -186,7 +186,7 @@ impl E1000 {
         let now = self.timers.now();
         E1000State {
             config: self.config.save(),
-            registers: self.regs.clone(),
+            registers: self.registers(),
             eeprom: self.eeprom.clone(),
             phy: self.phy.clone(),
             transmitter: self.tx.save(),
@@ -214,7 +214,7 @@ impl E1000 {
         }
         let transmitter = Transmitter::restore(state.transmitter).ok_or(Error::InvalidState)?;
         self.config.restore(&state.config)?;
-        self.regs = state.registers;
+        self.set_registers(state.registers);
         self.eeprom = state.eeprom;
         self.phy = state.phy;
         self.tx = transmitter;

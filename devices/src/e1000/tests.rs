@@ -9,5 +9,6 @@ mod model;
 mod offload;
 mod receive;
 mod registers;
+mod shared;
 mod state;
 mod transmit;

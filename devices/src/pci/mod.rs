@@ -5,10 +5,12 @@ pub mod bus;
 pub mod config;
 pub mod msix;
 pub mod registers;
+pub mod shared;
 
 use std::sync::Arc;
 
 use self::areas::BarArea;
+use self::shared::SharesRegisters;
 use crate::state::{Part, StateError};
 
 /// Index of a base address register of a type 0 header, 0 to 5.
@@ -74,6 +76,11 @@ pub trait PciFunction: Send {
     /// [`PciFunction::bar_write`] reach the same bytes.
     fn areas(&self) -> &[Arc<BarArea>] {
         &[]
+    }
+
+    /// Whoever puts registers of it into memory that another process has as well, if that can be.
+    fn shares_registers(&mut self) -> Option<&mut dyn SharesRegisters> {
+        None
     }
 
     /// Reads from `bar` at byte `offset` of it.

@@ -9,6 +9,7 @@ mod interop;
 mod memory;
 mod raw;
 mod refusing;
+mod registers;
 mod replies;
 mod server;
 mod sizes;

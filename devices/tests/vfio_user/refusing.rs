@@ -12,10 +12,10 @@ use devices::state::{Form, Part, StateError};
 use crate::function::{frame, open, received, send};
 use crate::support::{Host, Machine};
 
-/// A function that takes no state while it is told so.
-struct Refusing {
-    inner: SharedFunction,
-    refuses: Arc<AtomicBool>,
+/// A function that takes no state while it is told so, and has no registers in memory.
+pub struct Refusing {
+    pub inner: SharedFunction,
+    pub refuses: Arc<AtomicBool>,
 }
 
 impl PciFunction for Refusing {

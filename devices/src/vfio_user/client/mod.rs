@@ -6,6 +6,7 @@
 //! fails at once.
 
 mod calls;
+mod registers;
 mod state;
 
 use std::fs::File;
@@ -141,6 +142,7 @@ impl Client {
             minor: 1,
             capabilities: Capabilities {
                 max_msg_fds: MAX_FDS as u32,
+                shared_registers: true,
                 ..Capabilities::default()
             },
         };

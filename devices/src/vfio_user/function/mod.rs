@@ -16,6 +16,7 @@ mod areas;
 mod hold;
 mod interrupts;
 mod shape;
+mod shared;
 mod state;
 
 use std::os::fd::{AsFd, AsRawFd};
@@ -29,6 +30,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet as Epoll
 use vmm_sys_util::eventfd::EventFd;
 
 use self::shape::{CONFIG_BYTES, Shape};
+use self::shared::{Shared, Store};
 use super::channel::Counters;
 use super::client::{Client, ClientError};
 use super::message::CONFIG_REGION;
@@ -94,6 +96,8 @@ pub struct VfioUserFunction {
     shape: Shape,
     /// While it is connected: what the guest reaches of its registers without a message.
     areas: Vec<Arc<BarArea>>,
+    /// While it is connected: registers that need no message.
+    shared: Option<Shared>,
     config: ConfigSpace,
     shown_otherwise: Vec<(u16, u8)>,
     msix: Option<Msix>,
@@ -153,6 +157,7 @@ impl VfioUserFunction {
             line,
             _intx: intx,
             shown_otherwise: shape.shown_otherwise(),
+            shared: None,
             shape,
             config,
             msix,
@@ -242,7 +247,9 @@ impl VfioUserFunction {
         for region in &regions {
             self.client().dma_map(region)?;
         }
-        self.connect_interrupts()
+        self.connect_interrupts()?;
+        self.shared = Shared::of(self.client())?;
+        Ok(())
     }
 
     /// Writes what is kept here to the server's function. Bus mastering comes last.
@@ -314,6 +321,7 @@ impl VfioUserFunction {
         tracing::warn!("a device is gone until its server is back: {why}");
         // What is in the memory that it had given is no device's any more.
         self.areas.clear();
+        self.shared = None;
         let fd = self.client().as_fd().as_raw_fd();
         let none = EpollEvent::default();
         if let Err(error) = self.watched.ctl(ControlOperation::Delete, fd, none) {
@@ -408,9 +416,16 @@ impl PciFunction for VfioUserFunction {
             msix.bar_read(bar, offset, data);
             return;
         }
+        let shared = self.shared.as_ref();
+        if let Some(value) = shared.and_then(|shared| shared.load(bar, offset, data.len())) {
+            data.copy_from_slice(&value.to_le_bytes());
+            return;
+        }
         let read = self.client().region_read(bar.into(), offset, data);
-        if self.check(read).is_none() {
-            data.fill(0xff);
+        match (self.check(read), &mut self.shared) {
+            (None, _) => data.fill(0xff),
+            (Some(()), Some(shared)) => shared.answered(),
+            (Some(()), None) => {}
         }
     }
 
@@ -420,6 +435,10 @@ impl PciFunction for VfioUserFunction {
         }
         let table = self.msix.as_mut().filter(|msix| msix.is_table(bar, offset));
         let Some(msix) = table else {
+            let shared = self.shared.as_mut();
+            if shared.map(|shared| shared.store(bar, offset, data)) == Some(Store::Done) {
+                return;
+            }
             let posted = self.is_posted(bar);
             let client = self.client();
             let written = match posted {

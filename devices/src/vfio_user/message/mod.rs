@@ -5,6 +5,7 @@ mod device;
 mod dma;
 mod feature;
 mod irq;
+mod registers;
 mod version;
 
 pub use access::{DmaAccess, MAX_WRITES, RegionAccess, RegionWrites};
@@ -18,6 +19,7 @@ pub use feature::{
     Feature, MIGRATION_STOP_COPY, MigData, MigState,
 };
 pub use irq::{IRQ_AUTOMASKED, IRQ_EVENTFD, IRQ_MASKABLE, IrqAction, IrqData, IrqInfo, SetIrqs};
+pub use registers::FEATURE_REGISTERS;
 pub use version::{Capabilities, Version};
 
 /// Bytes of the header that every message begins with.

@@ -22,6 +22,9 @@ pub struct Capabilities {
     pub pgsizes: u64,
     /// Whether the sender knows `VFIO_USER_REGION_WRITE_MULTI`.
     pub write_multiple: bool,
+    /// Whether the sender knows [`super::FEATURE_REGISTERS`]: not the specification's.
+    #[serde(rename = "cofferdam_registers")]
+    pub shared_registers: bool,
 }
 
 impl Default for Capabilities {
@@ -32,6 +35,7 @@ impl Default for Capabilities {
             max_dma_maps: 65535,
             pgsizes: 4096,
             write_multiple: false,
+            shared_registers: false,
         }
     }
 }

@@ -15,10 +15,10 @@ use crate::pci::config::{BAR_COUNT, offset};
 use crate::vfio_user::channel::{ChannelError, MAX_FDS, Received};
 use crate::vfio_user::message::{
     CONFIG_REGION, Capabilities, Command, DEVICE_FLAGS_PCI, DEVICE_FLAGS_RESET, DeviceInfo,
-    DmaUnmap, FEATURE_GET, FEATURE_MIG_STATE, FEATURE_MIGRATION, FEATURE_PROBE, FEATURE_SET,
-    Feature, Header, INTX, MIGRATION_STOP_COPY, MSIX, MigData, MigState, PCI_IRQS, PCI_REGIONS,
-    Payload, REGION_READ, REGION_WRITE, RegionAccess, RegionInfo, RegionIoFds, RegionWrites,
-    Version,
+    DmaUnmap, FEATURE_GET, FEATURE_MIG_STATE, FEATURE_MIGRATION, FEATURE_PROBE, FEATURE_REGISTERS,
+    FEATURE_SET, Feature, Header, INTX, MIGRATION_STOP_COPY, MSIX, MigData, MigState, PCI_IRQS,
+    PCI_REGIONS, Payload, REGION_READ, REGION_WRITE, RegionAccess, RegionInfo, RegionIoFds,
+    RegionWrites, Version,
 };
 
 /// Most bytes of one access to a region.
@@ -31,6 +31,8 @@ const EXTENDED_CONFIG_BYTES: u64 = 4096;
 pub struct CarriedOut {
     /// What the client is to be told.
     pub reply: Option<(Header, Vec<u8>)>,
+    /// Descriptors that go with it.
+    pub fds: Vec<OwnedFd>,
     /// What is to be told here, before that.
     pub events: Vec<ServerEvent>,
     /// How many accesses it was.
@@ -51,6 +53,7 @@ pub struct Device {
     /// Descriptors that may still be watched.
     pub(super) replaced: Vec<EventFd>,
     events: Vec<ServerEvent>,
+    reply_fds: Vec<OwnedFd>,
     work: usize,
 }
 
@@ -87,6 +90,7 @@ impl Device {
             version: false,
             replaced: Vec::new(),
             events: Vec::new(),
+            reply_fds: Vec::new(),
             work: 0,
         }
     }
@@ -103,7 +107,15 @@ impl Device {
 
     /// The client's eventfd was written.
     pub fn unmask(&self) {
+        self.look();
         self.interrupts.set_masked(false);
+    }
+
+    /// Brings the interrupt in line with what the client did to registers in memory.
+    fn look(&self) {
+        if let Some(shares) = lock(&self.function).shares_registers() {
+            shares.look();
+        }
     }
 
     /// Nothing watches what was replaced any more.
@@ -119,6 +131,9 @@ impl Device {
     pub fn forget_client(&mut self) {
         self.maps.clear();
         self.replaced.extend(self.interrupts.clear());
+        if let Some(shares) = lock(&self.function).shares_registers() {
+            shares.unshare();
+        }
         self.migration.abandon();
     }
 
@@ -154,6 +169,7 @@ impl Device {
         });
         Ok(CarriedOut {
             reply: wanted.then_some((header, payload)),
+            fds: std::mem::take(&mut self.reply_fds),
             events: std::mem::take(&mut self.events),
             work: self.work,
             refused,
@@ -198,6 +214,7 @@ impl Device {
             }
             Command::GetIrqInfo => self.irq_info(&parse(payload)?),
             Command::SetIrqs => {
+                self.look();
                 self.set_irqs(&parse(payload)?, fds)?;
                 self.events.push(ServerEvent::InterruptsChanged);
                 Ok(Vec::new())
@@ -260,6 +277,8 @@ impl Device {
                 max_data_xfer_size: MAX_ACCESS_BYTES,
                 max_dma_maps: MAX_MAPS as u32,
                 write_multiple: theirs.capabilities.write_multiple,
+                shared_registers: theirs.capabilities.shared_registers
+                    && lock(&self.function).shares_registers().is_some(),
                 ..Capabilities::default()
             },
         };
@@ -347,6 +366,7 @@ impl Device {
         let allowed = match feature.number() {
             FEATURE_MIGRATION => FEATURE_GET,
             FEATURE_MIG_STATE => both,
+            FEATURE_REGISTERS => FEATURE_GET,
             _ => return Err(libc::ENOTTY),
         };
         let strange = feature.action() & !(both | FEATURE_PROBE) != 0;
@@ -356,7 +376,11 @@ impl Device {
         {
             return Err(libc::EINVAL);
         }
-        if !self.migration.is_supported() {
+        let is_there = match feature.number() {
+            FEATURE_REGISTERS => lock(&self.function).shares_registers().is_some(),
+            _ => self.migration.is_supported(),
+        };
+        if !is_there {
             return Err(libc::ENOTTY);
         }
         if probes {
@@ -369,6 +393,9 @@ impl Device {
                 .extend(restored.then_some(ServerEvent::Restored));
             return Ok(feature.to_bytes());
         }
+        if feature.number() == FEATURE_REGISTERS {
+            return self.share_registers(feature);
+        }
         let room = feature.argsz >= Feature::BYTES + 8;
         if !room || !feature.data.is_empty() && feature.data.len() != 8 {
             return Err(libc::EINVAL);
@@ -378,6 +405,27 @@ impl Device {
             FEATURE_MIGRATION => MIGRATION_STOP_COPY.to_le_bytes().to_vec(),
             _ => MigState(self.migration.state()).to_bytes(),
         };
+        Ok(feature.to_bytes())
+    }
+
+    fn share_registers(&mut self, mut feature: Feature) -> Result<Vec<u8>, i32> {
+        let room = std::mem::take(&mut feature.argsz);
+        if !feature.data.is_empty() {
+            return Err(libc::EINVAL);
+        }
+        let mut function = lock(&self.function);
+        let shares = function.shares_registers().ok_or(libc::ENOTTY)?;
+        let (file, layout) = shares.share().map_err(|error| {
+            tracing::warn!(%error, "registers cannot be shared");
+            libc::ENOMEM
+        })?;
+        feature.data = layout.to_bytes();
+        feature.argsz = Feature::BYTES + feature.data.len() as u32;
+        if room < feature.argsz {
+            shares.unshare();
+            return Err(libc::EINVAL);
+        }
+        self.reply_fds.push(file);
         Ok(feature.to_bytes())
     }
 

@@ -176,7 +176,8 @@ impl Server {
             }
             work += carried_out.work;
             if let Some((header, payload)) = carried_out.reply {
-                self.channel.send(header, &payload, &[])?;
+                let fds: Vec<_> = carried_out.fds.iter().map(AsFd::as_fd).collect();
+                self.channel.send(header, &payload, &fds)?;
             }
             if let Some(why) = carried_out.refused {
                 return Err(ChannelError::Violation(why));
