@@ -33,7 +33,10 @@ const NOT_IN_CLOUD: &[&str] = &[
     "e100",
     "pcnet32",
     "ne2k-pci",
+    "xhci-pci",
+    "rndis_host",
     "snd-ens1370",
+    "snd-intel8x0",
     "snd-pcm-oss",
     "snd-mixer-oss",
 ];
@@ -76,8 +79,8 @@ pub const KERNELS: [KernelSource; 7] = [
     debian_12("6.12-rt-amd64", &[6, 12], "rt-amd64"),
     KernelSource {
         suite: Some("trixie-backports"),
-        // Part of the kernel's own library there.
-        lacks: &["crc32c_generic"],
+        // Parts of the kernel's own library there.
+        lacks: &["crc32c_generic", "ghash-generic"],
         ..debian_12("7-amd64", &[7], "amd64")
     },
 ];
