@@ -39,6 +39,7 @@ mod sweep;
 mod switch;
 mod taken_back;
 mod trying;
+mod usb;
 mod victim;
 mod virtio;
 mod wires;
