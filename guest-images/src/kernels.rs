@@ -23,7 +23,7 @@ pub struct KernelSource {
     pub tested: bool,
 }
 
-/// Drivers of hardware that clouds do not have.
+/// Drivers of hardware, and of software that stands for some, that clouds do not have.
 const NOT_IN_CLOUD: &[&str] = &[
     "e1000",
     "e1000e",
@@ -39,6 +39,16 @@ const NOT_IN_CLOUD: &[&str] = &[
     "snd-intel8x0",
     "snd-pcm-oss",
     "snd-mixer-oss",
+    "psmouse",
+    "snd",
+    "snd_timer",
+    "snd_pcm",
+    "snd_dummy",
+    "snd_pcm_oss",
+    "snd_mixer_oss",
+    "vcan",
+    "vxcan",
+    "batman_adv",
 ];
 
 const fn debian_12(

@@ -39,7 +39,6 @@ mod sweep;
 mod switch;
 mod taken_back;
 mod trying;
-mod usb;
 mod victim;
 mod virtio;
 mod wires;
