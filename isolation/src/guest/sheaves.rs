@@ -165,7 +165,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::guest::allocations::{AllocationKind, Allocations};
+    use crate::guest::allocations::{AllocationKind, Allocations, FindAllocation};
     use crate::guest::btf::encode::Encoder;
     use crate::guest::memory_model::MemoryModel;
     use crate::guest::paging::testing::TestGuest;
@@ -304,19 +304,17 @@ mod tests {
         let before = guest(&[object(3), a], &[b], [&[], &[c]]);
         let now = guest(&[object(3)], &[], [&[], &[]]);
         let model = model(&now);
-        let of = |guest| Allocations::new(&model, TestGuest::virt(guest)).on_processor(PER_CPU);
+        let now = Allocations::new(&model, now.virt()).on_processor(PER_CPU);
+        let before = Allocations::new(&model, before.virt()).on_processor(PER_CPU);
         for object in [a, b, c] {
-            assert_eq!(of(&before).is_free(Gva(object)), Some(true));
-            let found = of(&now).allocation_at(Gva(object)).unwrap();
-            assert!(of(&now).is_new(&found, &of(&before)), "{object:x}");
-            assert!(
-                !of(&before).is_new(&found, &of(&before)),
-                "free all the time"
-            );
+            assert_eq!(before.is_free(Gva(object)), Some(true));
+            let found = now.allocation_at(Gva(object)).unwrap();
+            assert!(now.is_new(&found, &before), "{object:x}");
+            assert!(!before.is_new(&found, &before), "free all the time");
         }
-        let found = of(&now).allocation_at(Gva(live)).unwrap();
-        assert!(!of(&now).is_new(&found, &of(&before)));
-        assert_eq!(of(&now).is_free(Gva(live)), Some(false));
+        let found = now.allocation_at(Gva(live)).unwrap();
+        assert!(!now.is_new(&found, &before));
+        assert_eq!(now.is_free(Gva(live)), Some(false));
     }
 
     #[test]
