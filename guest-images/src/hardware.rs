@@ -4,8 +4,9 @@
 use crate::full::full_image;
 use crate::spec::ImageSpec;
 
-/// Drivers of network cards, of a disk controller, of a sound card (which two others make one that
-/// is played to through a file), and of a mouse, whose events are read from a file.
+/// Drivers of network cards, of a disk controller, of a USB controller with a network adapter behind
+/// it, of sound cards (which two others make ones that are played to through a file), and of a
+/// mouse, whose events are read from a file.
 pub const DRIVERS: &[&str] = &[
     "8139cp",
     "e100",
@@ -13,7 +14,10 @@ pub const DRIVERS: &[&str] = &[
     "vmxnet3",
     "ne2k-pci",
     "nvme",
+    "xhci-pci",
+    "rndis_host",
     "snd-ens1370",
+    "snd-intel8x0",
     "snd-pcm-oss",
     "snd-mixer-oss",
     "psmouse",

@@ -23,7 +23,7 @@ pub struct KernelSource {
     pub tested: bool,
 }
 
-/// Drivers of hardware that clouds do not have.
+/// Drivers of hardware, and of software that stands for some, that clouds do not have.
 const NOT_IN_CLOUD: &[&str] = &[
     "e1000",
     "e1000e",
@@ -33,9 +33,22 @@ const NOT_IN_CLOUD: &[&str] = &[
     "e100",
     "pcnet32",
     "ne2k-pci",
+    "xhci-pci",
+    "rndis_host",
     "snd-ens1370",
+    "snd-intel8x0",
     "snd-pcm-oss",
     "snd-mixer-oss",
+    "psmouse",
+    "snd",
+    "snd_timer",
+    "snd_pcm",
+    "snd_dummy",
+    "snd_pcm_oss",
+    "snd_mixer_oss",
+    "vcan",
+    "vxcan",
+    "batman_adv",
 ];
 
 const fn debian_12(
@@ -76,8 +89,8 @@ pub const KERNELS: [KernelSource; 7] = [
     debian_12("6.12-rt-amd64", &[6, 12], "rt-amd64"),
     KernelSource {
         suite: Some("trixie-backports"),
-        // Part of the kernel's own library there.
-        lacks: &["crc32c_generic"],
+        // Parts of the kernel's own library there.
+        lacks: &["crc32c_generic", "ghash-generic"],
         ..debian_12("7-amd64", &[7], "amd64")
     },
 ];

@@ -6,6 +6,18 @@ use serde::{Deserialize, Serialize};
 use super::{Phase, RecoveryRun, Stat};
 use crate::table::{number, table};
 
+/// How many times as long as taking a failed call back a restart is to take.
+pub const AIM: f64 = 1000.0;
+
+/// Why a restart does not take [`AIM`] times as long as taking a failed call back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Short {
+    /// Its restart: had the caller run again as soon as all was put back, it would not either.
+    Restart,
+    /// The way back to the caller: what was put back was put back soon enough.
+    WayBack,
+}
+
 /// How a driver is got back.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DriverRecovery {
@@ -50,6 +62,17 @@ impl FunctionRecovery {
         ends.filter_map(|run| run.at_us.get(&Phase::Returned).copied())
             .collect()
     }
+
+    /// From the fault to memory, kernel and device as they were before the call, of atomic calls,
+    /// in microseconds.
+    pub fn put_back_us(&self) -> Vec<f64> {
+        let steps = [Phase::Memory, Phase::Compensate, Phase::Device];
+        let last = |run: &RecoveryRun| {
+            let steps = steps.iter().filter_map(|step| run.at_us.get(step));
+            steps.copied().reduce(f64::max)
+        };
+        self.atomic.iter().filter_map(last).collect()
+    }
 }
 
 impl DriverRecovery {
@@ -58,6 +81,23 @@ impl DriverRecovery {
         let all = self.functions.iter();
         let all: Vec<f64> = all.flat_map(FunctionRecovery::returned_us).collect();
         Stat::from_samples(&all)
+    }
+
+    /// [`FunctionRecovery::put_back_us`] of all of its functions.
+    pub fn put_back_us(&self) -> Option<Stat> {
+        let all = self.functions.iter();
+        let all: Vec<f64> = all.flat_map(FunctionRecovery::put_back_us).collect();
+        Stat::from_samples(&all)
+    }
+
+    /// Why the median is not [`AIM`], if it is not.
+    pub fn short(&self) -> Option<Short> {
+        self.times().filter(|times| *times < AIM)?;
+        let put_back = self.put_back_us()?.p50;
+        Some(match self.restart_us.p50 < AIM * put_back {
+            true => Short::Restart,
+            false => Short::WayBack,
+        })
     }
 
     /// How many times as long a restart takes, by the medians.
@@ -76,12 +116,14 @@ pub fn text(drivers: &[DriverRecovery]) -> String {
         "driver",
         "what it drives",
         "faults",
+        "put back, us: median",
         "returned, us: median",
         "smallest to largest",
         "restart, ms: median",
         "smallest to largest",
         "n",
         "times as long",
+        "less than 1000 for",
         "began anew",
     ]);
     let us = |us: f64| format!("{us:.0}");
@@ -96,6 +138,11 @@ pub fn text(drivers: &[DriverRecovery]) -> String {
             driver.what.as_str().into(),
             number(of(|stat| stat.n.to_string())),
             number(
+                driver
+                    .put_back_us()
+                    .map_or_else(String::new, |stat| us(stat.p50)),
+            ),
+            number(
                 returned
                     .as_ref()
                     .map_or_else(String::new, |stat| us(stat.p50)),
@@ -109,6 +156,12 @@ pub fn text(drivers: &[DriverRecovery]) -> String {
                     .times()
                     .map_or_else(String::new, |times| format!("{times:.0}")),
             ),
+            match driver.short() {
+                None => "",
+                Some(Short::Restart) => "its short restart",
+                Some(Short::WayBack) => "the way back",
+            }
+            .into(),
             number(anew.fold(0, u64::saturating_add)),
         ]);
     }
@@ -121,7 +174,12 @@ mod tests {
     use super::*;
 
     fn run(returned: f64) -> RecoveryRun {
-        let at_us = [(Phase::Detect, 1.0), (Phase::Returned, returned)].into();
+        let at_us = [
+            (Phase::Detect, 1.0),
+            (Phase::Memory, returned / 2.0),
+            (Phase::Returned, returned),
+        ];
+        let at_us = at_us.into();
         RecoveryRun {
             at_us,
             ..RecoveryRun::default()
@@ -157,6 +215,14 @@ mod tests {
         for part in ["500", "400 to 1000", "2000", "1000 to 3000", "4000"] {
             assert!(text.contains(part), "{part}: {text}");
         }
+        assert_eq!(driver.put_back_us().unwrap().p50, 250.0);
+        assert_eq!(driver.short(), None);
+        // 300 times, and 600 if there were no way back.
+        driver.restart_us.p50 = 150e3;
+        assert_eq!(driver.short(), Some(Short::Restart));
+        assert!(super::text(std::slice::from_ref(&driver)).contains("its short restart"));
+        driver.restart_us.p50 = 400e3;
+        assert_eq!(driver.short(), Some(Short::WayBack));
         driver.functions.clear();
         assert_eq!(driver.times(), None);
         assert!(super::text(&[driver]).contains("software"));

@@ -200,12 +200,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
         let model = self.model;
         let pfn = at.0.checked_sub(model.direct_map.0)? >> 12;
         let page = self.page(pfn)?;
-        let compound = model.compound_head.read(&self.virt, page)?;
-        let head = if compound & 1 != 0 {
-            Gva(compound - 1)
-        } else {
-            page
-        };
+        let head = model.head_of(&self.virt, page)?.unwrap_or(page);
         let head_pfn = head.0.checked_sub(model.vmemmap.0)? / model.page_bytes;
         let pages_before = pfn.checked_sub(head_pfn)?;
         let start = Gva(model
@@ -265,7 +260,7 @@ impl<M: GuestPhys> Allocations<'_, M> {
             let lru = model.lru?;
             let link = lru.read(&self.virt, page)?;
             let unlinked = [0, LIST_POISON, page.checked_add(lru.offset)?.0].contains(&link);
-            let compound = model.compound_head.read(&self.virt, page)? & 1 != 0;
+            let compound = model.head_of(&self.virt, page)?.is_some();
             let flags = model.flags.read(&self.virt, page)?;
             let slab = model.slab_mark.is_slab(&self.virt, page, flags)?;
             let single = flags >> model.head_bit & 1 == 0 && !slab;

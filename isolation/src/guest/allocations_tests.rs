@@ -246,9 +246,9 @@ fn what_a_kernel_lacks_is_named_all_of_it() {
         [
             "vmalloc_base",
             "vmemmap_base",
-            "page.compound_head",
             "slab",
             "kmem_cache.object_size",
+            "page.compound_head or page.compound_info",
             "page.compound_order or folio._folio_order or folio._flags_1",
             "PG_slab or PGTY_slab",
             "PG_head"

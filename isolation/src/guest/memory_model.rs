@@ -16,11 +16,7 @@ const BASES: [&str; 3] = ["page_offset_base", "vmalloc_base", "vmemmap_base"];
 const MEMBERS: [(&str, &[(&str, &str)]); 3] = [
     (
         "page",
-        &[
-            ("flags", "page.flags"),
-            ("compound_head", "page.compound_head"),
-            ("_refcount", "page._refcount"),
-        ],
+        &[("flags", "page.flags"), ("_refcount", "page._refcount")],
     ),
     ("slab", &[("slab_cache", "slab.slab_cache")]),
     (
@@ -32,6 +28,8 @@ const MEMBERS: [(&str, &[(&str, &str)]); 3] = [
     ),
 ];
 
+/// The names that what leads from a page to the first one of its compound page has had.
+const COMPOUND_HEAD: &str = "page.compound_head or page.compound_info";
 /// The names that the order of a compound page has had.
 const COMPOUND_ORDER: &str = "page.compound_order or folio._folio_order or folio._flags_1";
 /// The names that the mark of a slab's page has had.
@@ -70,7 +68,7 @@ pub struct MemoryModel {
     pub(super) kfence_pool: Option<Gva>,
     pub(super) page_bytes: u64,
     pub(super) flags: Field,
-    pub(super) compound_head: Field,
+    compound_head: Field,
     pub(super) compound_order: Field,
     pub(super) refcount: Field,
     /// Links free pages.
@@ -94,7 +92,7 @@ pub struct UnknownMemoryModel {
 
 impl MemoryModel {
     /// From the kernel's types and symbols, and the bases that it chose at boot. Knows SLUB as of
-    /// Linux 5.17 to 6.9, 6.12 and 6.13.
+    /// Linux 5.17 to 6.9, 6.12, 6.13 and 7.3.
     pub fn new<M: GuestPhys>(
         types: &Btf,
         symbols: &SymbolTable,
@@ -134,7 +132,7 @@ impl MemoryModel {
             kfence_pool: pointer("__kfence_pool").ok().filter(|pool| pool.0 != 0),
             page_bytes: page_bytes.ok_or_else(need("struct page"))?,
             flags: field(page, "flags")?,
-            compound_head: field(page, "compound_head")?,
+            compound_head: compound_head(types, page).ok_or_else(need(COMPOUND_HEAD))?,
             compound_order: compound_order(types, page).ok_or_else(need(COMPOUND_ORDER))?,
             refcount: field(page, "_refcount")?,
             lru: types.find_member(page, "lru").map(|member| Field {
@@ -178,6 +176,24 @@ impl MemoryModel {
         (page.0 == at.0 & !0xfff).then_some(description)
     }
 
+    /// The `struct page` of the first page of the compound page that the one described at `page` is
+    /// part of, and not the first one itself.
+    ///
+    /// Bit 0 says so. The rest is the address, or, since Linux 7.0 where a `struct page` has a
+    /// power of two of bytes, the mask that makes it of `page` (`compound_info_has_mask`,
+    /// include/linux/page-flags.h), whose upper bits are all set: no `struct page` is up there.
+    pub(super) fn head_of<M: GuestPhys>(
+        &self,
+        virt: &VirtMemory<'_, M>,
+        page: Gva,
+    ) -> Option<Option<Gva>> {
+        let info = self.compound_head.read(virt, page)?;
+        Some((info & 1 != 0).then(|| match info >= KERNEL_HALF.1.0 {
+            true => Gva(page.0 & info),
+            false => Gva(info - 1),
+        }))
+    }
+
     /// The kernel's array of `struct page`.
     pub(super) fn pages(&self) -> PageArray {
         PageArray {
@@ -200,6 +216,9 @@ impl MemoryModel {
             }
         }
         if let Some(page) = types.find_struct("page") {
+            if compound_head(types, page).is_none() {
+                lacking.push(COMPOUND_HEAD);
+            }
             if compound_order(types, page).is_none() {
                 lacking.push(COMPOUND_ORDER);
             }
@@ -212,6 +231,12 @@ impl MemoryModel {
         }
         lacking
     }
+}
+
+/// Another name since Linux 7.0, see [`MemoryModel::head_of`].
+fn compound_head(types: &Btf, page: TypeId) -> Option<Field> {
+    let names = ["compound_head", "compound_info"];
+    names.iter().find_map(|name| Field::find(types, page, name))
 }
 
 /// The order of a compound page is in its second `struct page`: before Linux 6.3 under that name,

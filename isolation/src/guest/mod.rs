@@ -19,6 +19,7 @@ pub mod names;
 pub mod paging;
 mod per_cpu;
 pub mod phys;
+mod sheaves;
 mod slab;
 pub mod stack;
 pub mod symbols;

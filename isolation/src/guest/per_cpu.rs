@@ -66,7 +66,7 @@ pub(super) struct PerCpuModel {
     bases: [u64; MAX_CPUS],
     /// What is to be added to a pointer for its address in a chunk's first unit.
     offset: u64,
-    page_index: Field,
+    page_chunk: Field,
     base: Field,
     pages: Field,
     bounds: Field,
@@ -96,7 +96,7 @@ impl PerCpuModel {
             first: None,
             bases,
             offset: word(at("pcpu_base_addr")?)?.wrapping_sub(start),
-            page_index: Field::find(types, types.find_struct("page")?, "index")?,
+            page_chunk: page_chunk(types)?,
             base: field("base_addr")?,
             pages: field("nr_pages")?,
             bounds: field("bound_map")?,
@@ -200,9 +200,16 @@ impl PerCpuModel {
     ) -> Option<Gva> {
         let found = virt.space.walk(virt.memory, at).ok()?;
         let offset = (found.gpa.0 >> 12).checked_mul(pages.bytes)?;
-        let chunk = self.page_index.read(virt, pages.at.checked_add(offset)?)?;
+        let chunk = self.page_chunk.read(virt, pages.at.checked_add(offset)?)?;
         (chunk != 0 && chunk.is_multiple_of(8)).then_some(Gva(chunk))
     }
+}
+
+/// Where the description of a page of a chunk has the chunk (`pcpu_set_page_chunk`, mm/percpu.c):
+/// `index`, or `private` where a page has none any more (seen in Linux 7.3).
+fn page_chunk(types: &Btf) -> Option<Field> {
+    let page = types.find_struct("page")?;
+    Field::find(types, page, "index").or_else(|| Field::find(types, page, "private"))
 }
 
 fn word_of<M: GuestPhys>(virt: &VirtMemory<'_, M>, map: Gva, bit: u64) -> Option<u64> {

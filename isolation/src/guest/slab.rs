@@ -7,14 +7,16 @@
 //!
 //! Without the checks of `slub_debug` there is nothing beside the object, and the link to the next
 //! free one lies in its middle. Links are stored scrambled (`CONFIG_SLAB_FREELIST_HARDENED`). A
-//! slab has a list of free objects, and so has the processor that takes objects from it just now.
-//! All of it is the guest's memory and hostile: lists are as long as a slab has objects at most.
+//! slab has a list of free objects, and so has the processor that takes objects from it just now;
+//! newer kernels have arrays of them ([`super::sheaves`]). All of it is the guest's memory and
+//! hostile: lists are as long as a slab has objects at most.
 
 use super::addr::{Gva, GvaRange};
 use super::btf::{Btf, TypeId};
 use super::field::Field;
 use super::paging::VirtMemory;
 use super::phys::GuestPhys;
+use super::sheaves::SheafModel;
 
 /// Most bytes beside an object that are compared: red zone, link and two records of who had it.
 const MAX_BESIDE: u64 = 1024;
@@ -36,6 +38,7 @@ pub(super) struct SlabModel {
     /// First free object of a slab.
     freelist: Option<Field>,
     cpu: Option<CpuModel>,
+    sheaves: Option<SheafModel>,
 }
 
 /// Where a processor has the slab that it takes objects from.
@@ -120,6 +123,7 @@ impl SlabModel {
             random: Field::find(types, cache, "random"),
             freelist: Field::find(types, slab, "freelist"),
             cpu: cpu(),
+            sheaves: SheafModel::new(types, cache),
         })
     }
 
@@ -188,7 +192,7 @@ impl SlabModel {
     }
 
     /// Whether `object` is on a list of free ones: its slab's, or that of the processor with
-    /// `per_cpu_base`. `None` if the lists are not known, or damaged.
+    /// `per_cpu_base`; or in a sheaf. `None` if these are not known, or damaged.
     pub fn is_free<M: GuestPhys>(
         &self,
         virt: &VirtMemory<'_, M>,
@@ -199,6 +203,11 @@ impl SlabModel {
             .size
             .read(virt, object.cache)
             .filter(|size| *size >= 8)?;
+        if let Some(sheaves) = &self.sheaves
+            && sheaves.holds(virt, object.cache, object.range.first(), per_cpu_base)?
+        {
+            return Some(true);
+        }
         let most = object.whole.len_bytes() / size;
         let random = match self.random {
             Some(field) => Some(field.read(virt, object.cache)?),

@@ -80,6 +80,7 @@ impl Machine {
         self.add_server(&mut args);
         add_network(&mut args);
         add_disk_and_sound(&mut args);
+        add_usb(&mut args);
         add_channels(&mut args);
         self.add_files(&mut args);
         args
@@ -146,6 +147,15 @@ fn add_disk_and_sound(args: &mut Vec<OsString>) {
     add(args, &["-device", "nvme,drive=disk,serial=lab,addr=0x18"]);
     add(args, &["-audiodev", "none,id=audio"]);
     add(args, &["-device", "ES1370,audiodev=audio,addr=0x19"]);
+    add(args, &["-device", "AC97,audiodev=audio,addr=0x1a"]);
+}
+
+/// A USB controller, with a network adapter whose network is as those of [`CARDS`].
+fn add_usb(args: &mut Vec<OsString>) {
+    add(args, &["-device", "qemu-xhci,id=usb,addr=0x1b"]);
+    let network = "user,id=nusb,guestfwd=tcp:10.0.2.100:7-cmd:cat";
+    add(args, &["-netdev", network]);
+    add(args, &["-device", "usb-net,bus=usb.0,netdev=nusb"]);
 }
 
 /// Ways to talk to it: the agent's port, the console, QEMU's monitor and its port for tests.
