@@ -35,6 +35,7 @@ mod isolate;
 mod jobs;
 mod kept;
 mod limits;
+mod little;
 mod look;
 mod marks;
 mod metrics;
