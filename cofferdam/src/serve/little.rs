@@ -41,11 +41,22 @@ pub fn keep() {
         return;
     }
     watched.next = Some(now + LOOK_EVERY);
-    if resident_bytes() < watched.much {
-        return;
+    if resident_bytes() >= watched.much {
+        watched.give_back();
     }
-    memory::give_back_unused();
-    watched.much = much_after(resident_bytes());
+}
+
+/// Gives memory back, however much there is.
+pub fn give_back() {
+    let mut watched = WATCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    watched.give_back();
+}
+
+impl Watched {
+    fn give_back(&mut self) {
+        memory::give_back_unused();
+        self.much = much_after(resident_bytes());
+    }
 }
 
 /// How much is much when this much was left.
