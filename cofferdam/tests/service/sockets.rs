@@ -280,7 +280,7 @@ fn a_service_that_is_asked_gives_back_what_requests_have_needed() {
         let place = Place::new();
         let begun = std::time::Instant::now();
         let service = Service::start(&place, "");
-        let (mut most, mut gave) = (0, false);
+        let (mut most, mut gave) = (of_files(&service), false);
         for path in paths.iter().cycle() {
             service.get(path).ok(200);
             let now = of_files(&service);
