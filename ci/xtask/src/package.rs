@@ -23,14 +23,17 @@ pub struct Args {
     /// Make it of the last commit in two folders, in place of target/deb, and compare every byte
     #[arg(long)]
     check_reproducible: bool,
+    /// With it: build all libraries of others in both folders, too; it takes several times as long
+    #[arg(long, requires = "check_reproducible")]
+    from_nothing: bool,
 }
 
 /// Builds the package and says where it is, or whether it comes out the same twice.
 pub fn run(workspace: &Workspace, args: &Args) -> anyhow::Result<String> {
     if args.check_reproducible {
-        return reproducible::check(workspace);
+        return reproducible::check(workspace, args.from_nothing);
     }
-    let made = make(workspace)?;
+    let made = make(workspace, &[workspace.root()])?;
     let folder = workspace.path("target/deb");
     std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     let path = folder.join(&made.name);
@@ -49,12 +52,12 @@ struct Made {
     agent: Vec<u8>,
 }
 
-/// Builds the package of `workspace`.
-fn make(workspace: &Workspace) -> anyhow::Result<Made> {
+/// Builds the package of `workspace`, with the paths of all `roots` taken out of it.
+fn make(workspace: &Workspace, roots: &[&Path]) -> anyhow::Result<Made> {
     let date = date(workspace)?;
-    let program = build_program(workspace)?;
+    let flags = without_paths(roots)?;
+    let program = build_program(workspace, &flags)?;
     let progress = Progress::new("guest agent");
-    let flags = without_paths(workspace)?;
     let agent = build_agent(
         workspace.root(),
         &workspace.path("target/packaged-agent"),
@@ -99,7 +102,7 @@ fn date(workspace: &Workspace) -> anyhow::Result<u64> {
     date.with_context(|| format!("{:?} is no date in seconds since 1970", text.trim()))
 }
 
-fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
+fn build_program(workspace: &Workspace, flags: &[String]) -> anyhow::Result<std::path::PathBuf> {
     let words = [
         "build",
         "--profile",
@@ -108,7 +111,6 @@ fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
         "-p",
         "cofferdam",
     ];
-    let flags = without_paths(workspace)?;
     run_command(
         cargo()
             .args(words)
@@ -120,18 +122,18 @@ fn build_program(workspace: &Workspace) -> anyhow::Result<std::path::PathBuf> {
     Ok(workspace.path("target/packaged/cofferdam"))
 }
 
-/// What tells the compiler to name files as they would be called elsewhere.
-fn without_paths(workspace: &Workspace) -> anyhow::Result<Vec<String>> {
+/// What tells the compiler to name files as they would be called elsewhere, in whichever of `roots`
+/// they are.
+fn without_paths(roots: &[&Path]) -> anyhow::Result<Vec<String>> {
     let home = std::env::var("CARGO_HOME").or_else(|_| {
         let home = std::env::var("HOME").context("there is no home folder")?;
         anyhow::Ok(format!("{home}/.cargo"))
     })?;
-    let mapped = [
-        (workspace.root().display().to_string(), "/cofferdam"),
-        (home, "/cargo"),
-    ];
-    let flag = |(from, to): &(String, &str)| format!("--remap-path-prefix={from}={to}");
-    Ok(mapped.iter().map(flag).collect())
+    let flag = |from: &str, to| format!("--remap-path-prefix={from}={to}");
+    let roots = roots.iter().map(|root| root.display().to_string());
+    let mut flags: Vec<_> = roots.map(|root| flag(&root, "/cofferdam")).collect();
+    flags.push(flag(&home, "/cargo"));
+    Ok(flags)
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {

@@ -58,24 +58,33 @@ pub fn serve_protocol<P: Protocol>(
 
 /// The requests that are being carried out.
 #[derive(Clone, Default)]
-pub struct Serving(Arc<(Mutex<usize>, Condvar)>);
+pub struct Serving(Arc<(Mutex<Unanswered>, Condvar)>);
+
+/// Requests that have no answer yet.
+#[derive(Debug, Default)]
+struct Unanswered {
+    count: usize,
+    /// Somebody waits until there are none: nobody is woken otherwise, which takes a system call.
+    is_waited_for: bool,
+}
 
 impl Serving {
     /// Waits until each has its answer, for `limit` at most: who asked for the end is to hear that
     /// it came.
     pub fn wait_for_answers(&self, limit: Duration) {
-        let (count, changed) = &*self.0;
-        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let (unanswered, changed) = &*self.0;
+        let mut unanswered = unanswered.lock().unwrap_or_else(PoisonError::into_inner);
+        unanswered.is_waited_for = true;
         // Whether all are answered makes no difference any more.
-        let _ = changed.wait_timeout_while(count, limit, |count| *count > 0);
+        let _ = changed.wait_timeout_while(unanswered, limit, |unanswered| unanswered.count > 0);
     }
 
     fn begin(&self) -> UnderWay<'_> {
-        *self.count() += 1;
+        self.unanswered().count += 1;
         UnderWay(self)
     }
 
-    fn count(&self) -> MutexGuard<'_, usize> {
+    fn unanswered(&self) -> MutexGuard<'_, Unanswered> {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -85,8 +94,11 @@ struct UnderWay<'a>(&'a Serving);
 
 impl Drop for UnderWay<'_> {
     fn drop(&mut self) {
-        *self.0.count() -= 1;
-        self.0.0.1.notify_all();
+        let mut unanswered = self.0.unanswered();
+        unanswered.count -= 1;
+        if unanswered.is_waited_for {
+            self.0.0.1.notify_all();
+        }
     }
 }
 

@@ -44,14 +44,14 @@ fn forbid_huge_pages(forbidden: bool) {
 }
 
 /// Gives back memory that only the start of the process, or what was just done, needed: freed heap,
-/// and pages of program text, most of which reads command lines and draws reports. Text that is
-/// needed comes back from the page cache by itself. Guest memory may have huge pages from now on,
+/// and pages of program text and its constants, most of which are for command lines and reports. What of
+/// them is needed comes back from the page cache by itself. Guest memory may have huge pages from now on,
 /// what was allocated until now may not.
 pub fn give_back_unused() {
     // SAFETY: malloc_trim takes no pointer and may be called at any time.
     unsafe { libc::malloc_trim(0) };
     advise(|kind| match kind {
-        Mapping::Text => Some(libc::MADV_DONTNEED),
+        Mapping::Text | Mapping::Constants => Some(libc::MADV_DONTNEED),
         Mapping::Heap => Some(libc::MADV_NOHUGEPAGE),
     });
     forbid_huge_pages(false);
@@ -71,8 +71,9 @@ fn advise(what: impl Fn(Mapping) -> Option<libc::c_int>) {
         tracing::debug!("memory of the start is kept: {error}");
         String::new()
     });
-    for line in maps.lines() {
-        let Some((start, end, kind)) = mapping(line) else {
+    let mut lines = maps.lines().peekable();
+    while let Some(line) = lines.next() {
+        let Some((start, end, kind)) = mapping(line, lines.peek().copied()) else {
             continue;
         };
         let Some(advice) = what(kind) else {
@@ -80,7 +81,7 @@ fn advise(what: impl Fn(Mapping) -> Option<libc::c_int>) {
         };
         let length = end.saturating_sub(start);
         let start = start as *mut libc::c_void;
-        // SAFETY: dropped pages are those of a private mapping of a file that cannot be written
+        // SAFETY: dropped pages are those of a private mapping of a file that nobody has written
         // through, so that none differs from the file; they are read from it again when touched.
         // The size of pages changes no byte.
         if unsafe { libc::madvise(start, length, advice) } != 0 {
@@ -94,17 +95,24 @@ fn advise(what: impl Fn(Mapping) -> Option<libc::c_int>) {
 enum Mapping {
     /// Program text out of a file.
     Text,
+    /// What of a program's file comes before its text and can only be read: tables, constants.
+    Constants,
     /// What the allocator and threads have, in no file.
     Heap,
 }
 
-/// Start, end and kind of a mapping, out of a line of `/proc/self/maps` (proc(5)).
-fn mapping(line: &str) -> Option<(usize, usize, Mapping)> {
+/// Start, end and kind of a mapping, out of its line of `/proc/self/maps` (proc(5)) and the next one.
+fn mapping(line: &str, next: Option<&str>) -> Option<(usize, usize, Mapping)> {
     let mut words = line.split_whitespace();
     let (range, permissions) = (words.next()?, words.next()?);
     let path = words.nth(3);
     let kind = match (permissions, path) {
         ("r-xp", Some(path)) if path.starts_with('/') => Mapping::Text,
+        // Behind the text there are pages that can only be read, too, once the loader has written
+        // addresses into them (`PT_GNU_RELRO`).
+        ("r--p", Some(path)) if path.starts_with('/') && is_text_of(path, range, next?) => {
+            Mapping::Constants
+        }
         ("rw-p", None | Some("[heap]")) => Mapping::Heap,
         _ => return None,
     };
@@ -116,6 +124,16 @@ fn mapping(line: &str) -> Option<(usize, usize, Mapping)> {
     ))
 }
 
+/// Whether a line is of the text of the file at `path`, which begins where `range` ends.
+fn is_text_of(path: &str, range: &str, line: &str) -> bool {
+    let mut words = line.split_whitespace();
+    let begins = words.next().and_then(|range| range.split_once('-'));
+    let ends = range.split_once('-');
+    matches!((begins, ends), (Some((begin, _)), Some((_, end))) if begin == end)
+        && words.next() == Some("r-xp")
+        && words.nth(3) == Some(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,12 +143,12 @@ mod tests {
     fn text_of_files_and_what_is_in_no_file_are_told_from_the_rest() {
         let text = "55e0c0a00000-55e0c0b00000 r-xp 00001000 08:01 1234      /usr/bin/cofferdam";
         let (start, end) = (0x55e0_c0a0_0000, 0x55e0_c0b0_0000);
-        assert_eq!(mapping(text), Some((start, end, Mapping::Text)));
+        assert_eq!(mapping(text, None), Some((start, end, Mapping::Text)));
         for heap in [
             "55e0c0a00000-55e0c0b00000 rw-p 00000000 00:00 0     [heap]",
             "55e0c0a00000-55e0c0b00000 rw-p 00000000 00:00 0 ",
         ] {
-            assert_eq!(mapping(heap), Some((start, end, Mapping::Heap)));
+            assert_eq!(mapping(heap, None), Some((start, end, Mapping::Heap)));
         }
         for other in [
             "7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0     [stack]",
@@ -141,8 +159,31 @@ mod tests {
             "55e0c0a00000-55e0c0b00000 rw-p 00001000 08:01 1234  /usr/bin/cofferdam",
             "",
         ] {
-            assert_eq!(mapping(other), None, "{other}");
+            for next in [None, Some(text), Some(other)] {
+                assert_eq!(mapping(other, next), None, "{other}");
+            }
         }
+    }
+
+    #[test]
+    fn constants_are_what_comes_right_before_the_text_of_their_file() {
+        let before = "55e0c0900000-55e0c0a00000 r--p 00000000 08:01 1234      /usr/bin/cofferdam";
+        let text = "55e0c0a00000-55e0c0b00000 r-xp 00001000 08:01 1234      /usr/bin/cofferdam";
+        let constants = Some((0x55e0_c090_0000, 0x55e0_c0a0_0000, Mapping::Constants));
+        assert_eq!(mapping(before, Some(text)), constants);
+        for other in [
+            // Of another file, elsewhere, no text, nothing.
+            text.replace("cofferdam", "other"),
+            text.replace("55e0c0a00000", "55e0c0a01000"),
+            text.replace("r-xp", "r--p"),
+            text.replace("r-xp", "rw-p"),
+            String::new(),
+        ] {
+            assert_eq!(mapping(before, Some(&other)), None, "{other}");
+        }
+        // What is written into at the start comes behind it.
+        assert_eq!(mapping(before, None), None);
+        assert_eq!(mapping(&before.replace("r--p", "rw-p"), Some(text)), None);
     }
 
     #[test]

@@ -9,8 +9,9 @@
 //! looks at a guest waits for it.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Error, ErrorKind, Read};
-use std::sync::{Mutex, PoisonError};
+use std::io::{BufRead, BufReader, Error, ErrorKind};
+use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm::memory::RamRegion;
@@ -45,6 +46,8 @@ pub enum GuestMemory<'a> {
 pub struct Counter {
     /// What was counted last mapping by mapping, and when that was done.
     walked: Mutex<Option<(Instant, Resident)>>,
+    /// `/proc/self/status`, once somebody has asked: it is made anew at each read from its start.
+    status: OnceLock<File>,
 }
 
 impl Counter {
@@ -55,7 +58,7 @@ impl Counter {
     /// The kernel does not tell.
     pub fn read(&self, guest: GuestMemory<'_>) -> std::io::Result<Resident> {
         let regions = match guest {
-            GuestMemory::Shared => return by_kind(&status()?),
+            GuestMemory::Shared => return by_kind(&self.status()?),
             GuestMemory::Mapped(regions) => regions,
         };
         // Several who ask at once wait for one count.
@@ -69,18 +72,43 @@ impl Counter {
         *walked = Some((Instant::now(), resident));
         Ok(resident)
     }
+
+    /// The text of `/proc/self/status`.
+    fn status(&self) -> std::io::Result<String> {
+        let file = match self.status.get() {
+            Some(file) => file,
+            None => {
+                let file = File::open("/proc/self/status")?;
+                self.status.get_or_init(|| file)
+            }
+        };
+        let mut text = vec![0; STATUS_BYTES];
+        loop {
+            // All of it at once: it changes between two reads.
+            let read = file.read_at(&mut text, 0)?;
+            if read < text.len() {
+                text.truncate(read);
+                break;
+            }
+            if text.len() >= MAX_STATUS_BYTES {
+                return Err(Error::new(
+                    ErrorKind::InvalidData,
+                    "/proc/self/status does not end",
+                ));
+            }
+            text.resize(text.len() * 2, 0);
+        }
+        String::from_utf8(text).map_err(|error| Error::new(ErrorKind::InvalidData, error))
+    }
 }
 
-/// Room for all of `/proc/self/status`, in bytes: whoever has less of it reads it a little at a
-/// time, since the file does not say how long it is.
+/// Room for all of `/proc/self/status` of most processes, in bytes: with less it takes several
+/// reads, since the file does not say how long it is.
 const STATUS_BYTES: usize = 4 << 10;
 
-/// The text of `/proc/self/status`.
-fn status() -> std::io::Result<String> {
-    let mut text = String::with_capacity(STATUS_BYTES);
-    File::open("/proc/self/status")?.read_to_string(&mut text)?;
-    Ok(text)
-}
+/// Most of it that is read, in bytes: a process may be in 65,536 groups, all of which are named
+/// (`NGROUPS_MAX` of linux/limits.h).
+const MAX_STATUS_BYTES: usize = 1 << 20;
 
 /// What `/proc/PID/status` says of it by kind (proc_pid_status(5)): shared memory is the guest's.
 fn by_kind(status: &str) -> std::io::Result<Resident> {

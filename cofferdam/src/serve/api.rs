@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::http::header::CONTENT_TYPE;
+use axum::middleware::from_fn;
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::{ContentBuilder, OpenApi, PathItem, RefOr, ResponseBuilder};
@@ -15,7 +16,7 @@ use super::app::App;
 use super::problem::{Code, Problem};
 use super::{
     campaigns, code_faults, console, create, devices, disturbances, events, exec, guests, inject,
-    isolate, jobs, marks, metrics, nics, page, suspend, upgrade,
+    isolate, jobs, little, marks, metrics, nics, page, suspend, upgrade,
 };
 
 #[derive(utoipa::OpenApi)]
@@ -111,6 +112,7 @@ pub fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(|| async {
             Problem::new(Code::WrongMethod, "see /openapi.json for what there is")
         })
+        .layer(from_fn(little::after))
         .with_state(app)
 }
 

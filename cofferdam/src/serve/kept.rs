@@ -5,11 +5,12 @@
 //! few of them, and with its guest: one that comes back under the same name has another socket.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::net::UnixStream;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::control::client::{self, ControlClient};
 use crate::control::protocol::{Answer, Reply, Request};
@@ -17,6 +18,15 @@ use crate::options::VmName;
 
 /// Connections that are kept at most, one of each guest.
 const MAX_KEPT: usize = 64;
+
+/// How long an answer is waited for before anything else is done. Most are there sooner, and to wait
+/// among all else takes two system calls more, a timer and another turn of the scheduler. All other
+/// requests wait meanwhile; for a guest that does not answer at all they do so once, since its
+/// connection is not kept.
+const AT_ONCE: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 500_000,
+};
 
 /// How long an answer is waited for without a thread: one that is there sooner has needed none, and
 /// to wake one takes as long as the answer.
@@ -39,67 +49,99 @@ struct Idle {
 /// A connection that can be waited for without a thread.
 #[derive(Debug)]
 struct Connection {
+    /// Reading and writing do not wait.
     stream: UnixStream,
     asked: client::Asked,
 }
 
+/// How much of an answer's line has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Come {
+    /// All of it.
+    Whole,
+    /// Not its end, but more of it than is read here.
+    Long,
+    /// Not its end.
+    Part,
+}
+
 impl Connection {
     /// # Errors
-    /// There is nothing to wait with, or something has come that nobody has asked for.
+    /// Something has come that nobody has asked for.
     fn of(client: ControlClient) -> io::Result<Self> {
         let parts = client.into_parts().ok_or(io::ErrorKind::InvalidData)?;
         let (stream, asked) = parts;
         stream.set_nonblocking(true)?;
-        let stream = UnixStream::from_std(stream)?;
         Ok(Self { stream, asked })
     }
 
     /// One that a thread waits for.
     fn into_client(self) -> io::Result<ControlClient> {
-        let stream = self.stream.into_std()?;
-        stream.set_nonblocking(false)?;
-        Ok(ControlClient::of_parts(stream, self.asked))
+        self.stream.set_nonblocking(false)?;
+        Ok(ControlClient::of_parts(self.stream, self.asked))
     }
 
     /// Sends a request, if nothing has come that nobody asked for: that would be taken for its
     /// answer.
-    async fn send(&self, request: &Request) -> io::Result<()> {
-        // What this thread has heard of the connection until now is not known to be all.
-        self.stream.writable().await?;
-        match self.stream.try_read(&mut [0; 1]) {
+    fn send(&mut self, request: &Request) -> io::Result<()> {
+        match self.stream.read(&mut [0; 1]) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
         }
         let line = request.line();
-        match self.stream.try_write(line.as_bytes())? == line.len() {
+        match self.stream.write(line.as_bytes())? == line.len() {
             true => Ok(()),
             false => Err(io::ErrorKind::WriteZero.into()),
         }
     }
 
-    /// Reads on in a line, to its end. `false` if there is more of it than is read here.
-    async fn read_line(&self, line: &mut Vec<u8>) -> io::Result<bool> {
-        loop {
-            self.stream.readable().await?;
-            let mut bytes = [0; 8 << 10];
-            let read = match self.stream.try_read(&mut bytes) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                read => read?,
-            };
-            let bytes = bytes.get(..read).unwrap_or_default();
-            if bytes.is_empty() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+    /// Waits for the next of an answer, for [`AT_ONCE`] at most, and reads that. All other requests
+    /// wait meanwhile.
+    fn read_at_once(&mut self, line: &mut Vec<u8>) -> io::Result<Come> {
+        let mut fds = [PollFd::new(&self.stream, PollFlags::IN)];
+        // Whoever is interrupted waits in the other way.
+        let _ = rustix::event::poll(&mut fds, Some(&AT_ONCE));
+        take(|bytes| self.stream.read(bytes), line)
+    }
+
+    /// Reads on in an answer's line while others can be served.
+    async fn read_line(self, line: &mut Vec<u8>) -> io::Result<(Self, Come)> {
+        let stream = tokio::net::UnixStream::from_std(self.stream)?;
+        let soon = async {
+            loop {
+                stream.readable().await?;
+                match take(|bytes| stream.try_read(bytes), line)? {
+                    Come::Part => {}
+                    come => return Ok(come),
+                }
             }
-            line.extend_from_slice(bytes);
-            match bytes.iter().position(|byte| *byte == b'\n') {
-                Some(end) if end + 1 < bytes.len() => return Err(io::ErrorKind::InvalidData.into()),
-                Some(_) => return Ok(true),
-                None if line.len() >= SHORT => return Ok(false),
-                None => {}
-            }
-        }
+        };
+        let come = tokio::time::timeout(SOON, soon).await;
+        let come = come.unwrap_or(io::Result::Ok(Come::Part))?;
+        let (stream, asked) = (stream.into_std()?, self.asked);
+        Ok((Self { stream, asked }, come))
+    }
+}
+
+/// Takes what `read` has of an answer's line.
+fn take(read: impl FnOnce(&mut [u8]) -> io::Result<usize>, line: &mut Vec<u8>) -> io::Result<Come> {
+    let mut bytes = [0; 8 << 10];
+    let read = match read(&mut bytes) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Come::Part),
+        read => read?,
+    };
+    let bytes = bytes.get(..read).unwrap_or_default();
+    if bytes.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    line.extend_from_slice(bytes);
+    match bytes.iter().position(|byte| *byte == b'\n') {
+        Some(end) if end + 1 < bytes.len() => Err(io::ErrorKind::InvalidData.into()),
+        Some(_) => Ok(Come::Whole),
+        None if line.len() >= SHORT => Ok(Come::Long),
+        None => Ok(Come::Part),
     }
 }
 
@@ -124,18 +166,18 @@ impl Kept {
         let Some(connection) = self.take(name) else {
             return Asked::Nobody;
         };
-        let asked = over(&connection, request).await;
+        let asked = over(connection, request).await;
         if let Err(error) = &asked {
             // Its process has ended, or has closed it: who has the name now?
             tracing::debug!(%name, "a connection that was kept: {error}");
         }
         match asked {
-            Ok(Heard::Reply(reply)) => {
+            Ok((connection, Heard::Reply(reply))) => {
                 self.put(name, connection);
                 Asked::Answered(reply)
             }
-            Ok(Heard::Refusal(why)) => Asked::Refused(why),
-            Ok(Heard::Begin(line)) => match connection.into_client() {
+            Ok((_, Heard::Refusal(why))) => Asked::Refused(why),
+            Ok((connection, Heard::Begin(line))) => match connection.into_client() {
                 Ok(client) => Asked::Begun(client, line),
                 Err(_) => Asked::Nobody,
             },
@@ -182,23 +224,23 @@ enum Heard {
 }
 
 /// Asks and hears what comes soon.
-async fn over(connection: &Connection, request: &Request) -> io::Result<Heard> {
+async fn over(mut connection: Connection, request: &Request) -> io::Result<(Connection, Heard)> {
     let mut line = Vec::new();
-    let soon = async {
-        connection.send(request).await?;
-        connection.read_line(&mut line).await
-    };
-    match tokio::time::timeout(SOON, soon).await {
-        Ok(Ok(true)) => {}
-        Ok(Ok(false)) | Err(_) => return Ok(Heard::Begin(line)),
-        Ok(Err(error)) => return Err(error),
+    connection.send(request)?;
+    let mut come = connection.read_at_once(&mut line)?;
+    if come == Come::Part {
+        (connection, come) = connection.read_line(&mut line).await?;
     }
-    Ok(match serde_json::from_slice(&line)? {
+    if come != Come::Whole {
+        return Ok((connection, Heard::Begin(line)));
+    }
+    let heard = match serde_json::from_slice(&line)? {
         Answer::Ok(reply) => Heard::Reply(reply),
         Answer::Error(why) => Heard::Refusal(why),
         // It has only begun.
         Answer::Progress(_) => Heard::Begin(Vec::new()),
-    })
+    };
+    Ok((connection, heard))
 }
 
 #[cfg(test)]

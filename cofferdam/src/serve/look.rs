@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use super::little;
 use super::problem::{Code, Problem};
 use crate::control::listed::{self, Listed};
 use crate::control::protocol::Status;
@@ -71,6 +72,7 @@ pub async fn look_at(root: &RuntimeRoot, limit: Duration) -> Result<Look, Proble
             Ok(Look { guests, devices })
         })
     });
-    look.await
-        .unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())))
+    let look = look.await;
+    little::keep();
+    look.unwrap_or_else(|error| Err(Problem::new(Code::Internal, error.to_string())))
 }

@@ -20,6 +20,7 @@ use recovery::ladder::LadderStatus;
 
 use super::app::App;
 use super::events::guest_state;
+use super::little::resident_bytes;
 use super::look::Look;
 use super::problem::{Code, Problem};
 use crate::control::protocol::Status;
@@ -87,17 +88,9 @@ struct OfSwitch {
     responses((status = 200, body = String, content_type = "application/openmetrics-text")))]
 pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let look = app.looks.look().await?;
-    let text = text(&look, own_rss_bytes())
+    let text = text(&look, resident_bytes())
         .map_err(|error| Problem::new(Code::Internal, error.to_string()))?;
     Ok(([(CONTENT_TYPE, CONTENT)], text).into_response())
-}
-
-/// Resident memory of this process (proc_pid_status(5)); 0 if the host does not say.
-fn own_rss_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    kib.and_then(|kib| kib.parse().ok()).unwrap_or(0_u64) * 1024
 }
 
 fn text(look: &Look, own_rss: u64) -> Result<String, std::fmt::Error> {

@@ -35,6 +35,7 @@ mod isolate;
 mod jobs;
 mod kept;
 mod limits;
+mod little;
 mod look;
 mod marks;
 mod metrics;
@@ -180,11 +181,12 @@ pub fn serve(config: ServeConfig) -> anyhow::Result<()> {
 }
 
 /// Gives memory and connections to guests back that nobody has needed since, for ever. What is
-/// needed again comes from the page cache, in which the guests' processes have it, too.
+/// needed again comes from the page cache, in which the guests' processes have it, too. Where much
+/// is needed it is given back sooner ([`little`]).
 async fn keep_little(asks: &Asks) -> Infallible {
     loop {
         asks.close_idle(KEEP_TIME);
-        memory::give_back_unused();
+        little::give_back();
         tokio::time::sleep(KEEP_TIME).await;
     }
 }

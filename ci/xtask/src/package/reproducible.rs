@@ -1,12 +1,13 @@
 //! Whether two builds of one commit, in two folders, are the same bytes.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, bail};
+use serde::Deserialize;
 
 use super::{Made, make};
-use crate::steps::capture;
+use crate::steps::{capture, cargo};
 use crate::workspace::Workspace;
 
 /// Folders below `target/reproducible` that it is built in: what depends on the length of a path
@@ -16,24 +17,30 @@ const FOLDERS: [&str; 2] = ["a", "another/of-another-length"];
 /// Bytes of a difference that are told.
 const SHOWN: usize = 48;
 
-/// Makes the package of the last commit in two folders and compares.
+/// Makes the package of the last commit in two folders and compares. Libraries of others, which are
+/// in the same place for both, are built in the first alone, but for the guest agent's; with
+/// `from_nothing` in both.
 ///
 /// # Errors
 /// They differ, and where; or one could not be made.
-pub fn check(workspace: &Workspace) -> anyhow::Result<String> {
+pub fn check(workspace: &Workspace, from_nothing: bool) -> anyhow::Result<String> {
     let all = workspace.path("target/reproducible");
+    let folders = FOLDERS.map(|name| all.join(name));
     // The second is of the first: there may be another commit meanwhile.
-    let mut from = workspace.root().to_owned();
-    for name in FOLDERS {
-        let folder = all.join(name);
-        clone(&from, &folder)?;
+    let mut from = workspace.root();
+    for folder in &folders {
+        clone(from, folder)?;
         from = folder;
     }
+    // Both are built with the same flags, which libraries that were built remember.
+    let roots = folders.each_ref().map(PathBuf::as_path);
     let mut made = Vec::new();
-    for name in FOLDERS {
-        let folder = all.join(name);
+    for (number, folder) in folders.iter().enumerate() {
+        if number > 0 && !from_nothing {
+            take_libraries(&folders[0], folder)?;
+        }
         eprintln!("      in {}", folder.display());
-        made.push(make(&Workspace::at(folder))?);
+        made.push(make(&Workspace::at(folder.clone()), &roots)?);
     }
     let [one, other] = made.as_slice() else {
         bail!("there are not two builds");
@@ -48,12 +55,50 @@ pub fn check(workspace: &Workspace) -> anyhow::Result<String> {
     }
     std::fs::remove_dir_all(&all).with_context(|| all.display().to_string())?;
     let kib = |bytes: &[u8]| bytes.len() >> 10;
+    let of = match from_nothing {
+        true => "",
+        false => " (libraries of others in the program were built once)",
+    };
     Ok(format!(
-        "two builds of one commit are the same: program {} KiB, guest agent {} KiB, package {} KiB",
+        "two builds of one commit are the same{of}: program {} KiB, guest agent {} KiB, package {} KiB",
         kib(&one.program),
         kib(&one.agent),
         kib(&one.package)
     ))
+}
+
+/// Has `other` begin with what was built in `one`, without what is of this workspace.
+fn take_libraries(one: &Path, other: &Path) -> anyhow::Result<()> {
+    let mut copy = Command::new("cp");
+    copy.args(["--archive", "--reflink=auto"]);
+    copy.arg(one.join("target/packaged"));
+    let target = other.join("target");
+    std::fs::create_dir_all(&target).with_context(|| target.display().to_string())?;
+    capture(copy.arg(&target))?;
+    let packages = capture(
+        cargo()
+            .args(["metadata", "--no-deps", "--locked", "--format-version", "1"])
+            .current_dir(other),
+    )?;
+    let packages: Metadata = serde_json::from_str(&packages).context("cargo's metadata")?;
+    let mut clean = cargo();
+    clean.args(["clean", "--quiet", "--locked", "--profile", "packaged"]);
+    for package in &packages.packages {
+        clean.args(["--package", &package.name]);
+    }
+    capture(clean.current_dir(other)).map(drop)
+}
+
+/// What cargo says of a workspace, as far as it is needed.
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+/// A member of it.
+#[derive(Deserialize)]
+struct Package {
+    name: String,
 }
 
 /// A checkout of `root`'s last commit at `folder`, and nothing that was built there before.

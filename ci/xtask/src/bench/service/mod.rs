@@ -95,11 +95,11 @@ struct Times {
 }
 
 /// What is to be judged; all are of this run alone.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize)]
 struct Ratios {
     /// Memory with guests and without requests, of what it is to be at most.
     memory_at_rest_of_aim: f64,
-    /// The largest with guests and before anybody listens.
+    /// The most with guests, at whatever time, of what it is to be at most.
     memory_of_aim: f64,
     /// The same without pages of files, which all processes of the program share.
     anonymous_of_aim: f64,
@@ -137,8 +137,8 @@ impl Times {
 /// Measures, prints what came of it and writes it to `target/bench/service.json`.
 ///
 /// # Errors
-/// Something cannot be started, or a listener has lost something or was not told why it was
-/// dropped.
+/// Something cannot be started, a listener has lost something or was not told why it was dropped,
+/// or the service has more memory or takes longer than it is to.
 pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
     let (program, commit) = match &args.program {
         // It is not known of what it was built.
@@ -162,7 +162,8 @@ pub fn main(workspace: &Workspace, args: &Args) -> anyhow::Result<()> {
         false => report.text(),
     };
     write!(std::io::stdout().lock(), "{shown}").context("cannot write to standard output")?;
-    report.listened.judge()
+    report.listened.judge()?;
+    report.ratios.judge()
 }
 
 fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report> {
@@ -176,6 +177,7 @@ fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report
     for name in &names {
         place.start_guest(name)?;
     }
+    place.forget_peak()?;
     memory.push(place.memory("guests run")?);
     let mut client = Client::connect(&place.socket())?;
     for _ in 0..WARM {
@@ -190,12 +192,12 @@ fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report
     std::thread::sleep(REST);
     let at_rest = place.memory("nothing was asked for a while")?;
     memory.push(at_rest.clone());
-    let with_guests: Vec<_> = memory.iter().skip(1).cloned().collect();
     eprintln!("      {} listeners, {} s", args.listeners, args.seconds);
     let time = Duration::from_secs(args.seconds);
     let listened = listen(&mut place, &names, args.listeners, time, &mut memory)?;
     memory.push(place.memory("listeners gone")?);
     place.end()?;
+    let with_guests = memory.get(1..).unwrap_or_default();
     let largest = |of: fn(&Memory) -> u64| with_guests.iter().map(of).max().unwrap_or(0) as f64;
     Ok(Report {
         commit,
@@ -203,7 +205,7 @@ fn measure(program: &Path, args: &Args, commit: String) -> anyhow::Result<Report
         guests: args.guests,
         ratios: Ratios {
             memory_at_rest_of_aim: at_rest.rss_kib as f64 / AIM_KIB as f64,
-            memory_of_aim: largest(|memory| memory.rss_kib) / AIM_KIB as f64,
+            memory_of_aim: largest(|memory| memory.peak_kib) / AIM_KIB as f64,
             anonymous_of_aim: largest(|memory| memory.anon_kib) / AIM_KIB as f64,
             kept_of_status: requests.kept_us.p50 / requests.status_us.p50,
             new_of_status: requests.new_us.p50 / requests.status_us.p50,
@@ -266,16 +268,39 @@ fn cpu() -> String {
     name.map_or("unknown", |(_, name)| name.trim()).to_owned()
 }
 
+impl Ratios {
+    /// # Errors
+    /// The service has more memory than it is to have, or a look takes longer.
+    fn judge(&self) -> anyhow::Result<()> {
+        for (what, ratio, most) in [
+            ("memory with guests, of 12 MiB", self.memory_of_aim, 1.0),
+            (
+                "a look over a kept connection, of cofferdam status",
+                self.kept_of_status,
+                AIM_PART,
+            ),
+            (
+                "a look over a new connection, of cofferdam status",
+                self.new_of_status,
+                AIM_PART,
+            ),
+        ] {
+            ensure!(ratio <= most, "{what}: {ratio:.3}, more than {most}");
+        }
+        Ok(())
+    }
+}
+
 impl Report {
     fn text(&self) -> String {
         let mut text = format!(
-            "{:34} {:>8} {:>8} {:>8}\n",
-            "memory of the service, KiB", "RssAnon", "RssFile", "Rss"
+            "{:34} {:>8} {:>8} {:>8} {:>8}\n",
+            "memory of the service, KiB", "RssAnon", "RssFile", "Rss", "peak"
         );
         for memory in &self.memory {
             text += &format!(
-                "{:34} {:>8} {:>8} {:>8}\n",
-                memory.when, memory.anon_kib, memory.file_kib, memory.rss_kib
+                "{:34} {:>8} {:>8} {:>8} {:>8}\n",
+                memory.when, memory.anon_kib, memory.file_kib, memory.rss_kib, memory.peak_kib
             );
         }
         text += &format!(
@@ -292,9 +317,9 @@ impl Report {
         let ratios = &self.ratios;
         text += "\nmemory at rest, of 12 MiB            ";
         text += &of(ratios.memory_at_rest_of_aim, 1.0);
-        text += "largest before anybody listens       ";
+        text += "the most with guests                 ";
         text += &of(ratios.memory_of_aim, 1.0);
-        text += "the same without pages of files      ";
+        text += "the most seen without pages of files ";
         text += &of(ratios.anonymous_of_aim, 1.0);
         text += "kept connection of cofferdam status  ";
         text += &of(ratios.kept_of_status, AIM_PART);
@@ -307,6 +332,35 @@ impl Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_much_memory_and_too_long_a_look_are_failures() {
+        let fine = Ratios {
+            memory_at_rest_of_aim: 0.5,
+            memory_of_aim: 0.9,
+            anonymous_of_aim: 0.3,
+            kept_of_status: 0.04,
+            new_of_status: 0.05,
+        };
+        fine.judge().unwrap();
+        let much = Ratios {
+            memory_of_aim: 1.01,
+            ..fine
+        };
+        assert!(much.judge().unwrap_err().to_string().contains("1.010"));
+        let slow = Ratios {
+            kept_of_status: 0.051,
+            ..much
+        };
+        assert!(
+            Ratios {
+                memory_of_aim: 1.0,
+                ..slow
+            }
+            .judge()
+            .is_err()
+        );
+    }
 
     #[test]
     fn percentiles_are_samples_that_were_taken() {

@@ -39,6 +39,8 @@ pub struct Memory {
     pub file_kib: u64,
     /// Both, and memory that is shared otherwise.
     pub rss_kib: u64,
+    /// The most of it since [`Place::forget_peak`].
+    pub peak_kib: u64,
 }
 
 impl Place {
@@ -142,7 +144,18 @@ impl Place {
             anon_kib: of("RssAnon:")?,
             file_kib: of("RssFile:")?,
             rss_kib: of("VmRSS:")?,
+            peak_kib: of("VmHWM:")?,
         })
+    }
+
+    /// Has the service's peak of memory begin anew (proc_pid_clear_refs(5)).
+    ///
+    /// # Errors
+    /// The kernel does not do it.
+    pub fn forget_peak(&self) -> anyhow::Result<()> {
+        let service = self.service.as_ref().context("there is no service")?;
+        let path = format!("/proc/{}/clear_refs", service.id());
+        std::fs::write(&path, "5").with_context(|| path)
     }
 
     /// Ends all of it.
