@@ -21,6 +21,13 @@ const PAGE_BYTES: u64 = 4096;
 
 /// First and last symbol of the kernel's image (arch/x86/kernel/vmlinux.lds.S).
 const IMAGE: (&str, &str) = ("_text", "_end");
+/// Where the kernel's log is (kernel/printk/printk.c): what calls have it print is no harm.
+const LOG: [&str; 4] = [
+    "printk_rb_static",
+    "_printk_rb_static_infos",
+    "_printk_rb_static_descs",
+    "__log_buf",
+];
 /// Where the memory of each processor begins (mm/percpu.c), which is its GS base.
 const PER_CPU: &str = "__per_cpu_offset";
 
@@ -147,6 +154,9 @@ impl<N: GuestPhys, B: GuestPhys> TwoTimes<'_, N, B> {
             let extent = self.symbols.extent(symbol.at, all)?;
             let first = at.checked_sub(within)?;
             let range = first..first.checked_add(extent.len_bytes())?;
+            if LOG.contains(&symbol.name) {
+                return Some(Found::Nothing(range.end));
+            }
             return Some(Found::Image(range, symbol.name.to_owned()));
         }
         let page = at & !(PAGE_BYTES - 1);

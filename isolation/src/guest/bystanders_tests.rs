@@ -36,7 +36,7 @@ fn before() -> TestGuest {
 
 fn image() -> SymbolTable {
     let text = format!(
-        "{VARIABLES:x} T _text\n{:x} D counter\n{:x} D behind\n{:x} D _end\n",
+        "{VARIABLES:x} T _text\n{:x} D counter\n{:x} D __log_buf\n{:x} D _end\n",
         VARIABLES + 0x100,
         VARIABLES + 0x140,
         VARIABLES + 0x1000
@@ -75,6 +75,7 @@ fn changed() -> TestGuest {
         DIRECT + OBJECT + 16,
         DIRECT + OBJECT + 24,
         VARIABLES + 0x108,
+        VARIABLES + 0x208,
     ];
     for at in places {
         now.put(Gva(at), &[7], DATA);

@@ -2,8 +2,8 @@
 //!
 //! Runs of the same guest from the same mark are never quite alike: interrupts come at other moments.
 //! What differs by chance is learnt from twins: runs without a fault, and runs in which a function of
-//! the driver has an undefined instruction, so that its call fails, and is taken back, before it has
-//! done anything wrong. Memory that was in use all the time, and differs from the mark in none of
+//! the driver has an undefined instruction, so that its call fails, or each of them, and is taken
+//! back before it has done anything wrong. Memory that was in use all the time, and differs from the mark in none of
 //! these, and that calls of the driver have written, nobody had to change. What the guest writes
 //! otherwise because a call went otherwise is not looked at.
 
@@ -48,8 +48,8 @@ fn harmless(name: &str, text: &FunctionBytes) -> Option<Mutation> {
 }
 
 impl Worker {
-    /// Makes the twins: so many without a fault, and one with a call that fails of each function
-    /// that is isolated.
+    /// Makes the twins: so many without a fault, one with a call that fails of each function that is
+    /// isolated, and one in which all of its calls do.
     pub(super) fn learn(&mut self, twins: u32) -> anyhow::Result<()> {
         self.twins = Twins::Learning;
         let workload = self.workload.clone();
@@ -68,7 +68,10 @@ impl Worker {
         let faults: Vec<_> = faults.collect();
         for (function, mutation) in faults {
             let steps = self.steps_for(&function);
-            self.run(Way::Once, &Fault::Code(function, mutation), &steps)?;
+            let fault = Fault::Code(function, mutation);
+            for way in [Way::Once, Way::Stays] {
+                self.run(way, &fault, &steps)?;
+            }
         }
         self.twins = Twins::Compared(BTreeSet::new());
         Ok(())
