@@ -33,6 +33,7 @@ pub fn text(trials: u32) -> String {
         kinds: vec!["nop".to_owned()],
         contain: isolation::attach::request::Contain::Full,
         steps: Steps::Called,
+        twins: 0,
     };
     let mut text = serde_json::to_string(&header).unwrap() + "\n";
     for number in 1..=trials {
