@@ -42,6 +42,8 @@ fn reason(verdict: Verdict, seen: &Seen) -> String {
     if verdict == Verdict::Escaped {
         let said = line(is_crash).or_else(|| line(is_stall));
         let said = said.or_else(|| seen.elsewhere.first().cloned());
+        let changed = |what: &String| format!("memory that nobody had to change: {what}");
+        let said = said.or_else(|| seen.bystanders.first().map(changed));
         return said.unwrap_or_else(|| "the guest's agent does not answer".to_owned());
     }
     if let Some(why) = &seen.given_up {
@@ -114,6 +116,11 @@ mod tests {
         one.given_up = Some("too many".to_owned());
         assert_eq!(of(DetectedNotRecovered, one.clone()), "given up: too many");
         assert!(of(Escaped, one.clone()).contains("does not answer"));
+        one.bystanders = vec!["page at 0x1000 + 0x8".to_owned()];
+        assert_eq!(
+            of(Escaped, one.clone()),
+            "memory that nobody had to change: page at 0x1000 + 0x8"
+        );
         one.elsewhere = vec!["a file".to_owned()];
         assert_eq!(of(Escaped, one.clone()), "a file");
         let lines = ["WARNING: a", "rcu: self-detected stall", "kernel BUG at b"];
