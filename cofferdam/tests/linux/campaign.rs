@@ -34,7 +34,7 @@ fn campaign(
             guest: options().with(&workload.run).with(&checks()),
             workload,
             contain: Contain::Full,
-            twins: 1,
+            twins: 0,
         },
         kinds: kinds.to_vec(),
         trials,

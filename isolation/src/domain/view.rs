@@ -21,6 +21,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -81,7 +82,7 @@ pub struct PrivateView {
     /// What copies were made from, if devices write K's pages meanwhile; of those that the host
     /// knows of.
     bases: Option<HashMap<Pfn, Box<Page>>>,
-    /// Where calls have written to K's memory, if that is wanted.
+    /// Where calls have written to K's memory that is not their own, if that is wanted.
     written: Option<Written>,
     /// That pages of the guest's which are missing come here, too.
     _tokens: Vec<ViewToken>,
@@ -269,9 +270,16 @@ impl PrivateView {
         Ok(unsafe { &mut *pointer })
     }
 
-    /// Remembers from now on where calls write to K's memory; what was remembered is forgotten.
+    /// Has [`PrivateView::note_written`] remember from now on; what was remembered is forgotten.
     pub fn remember_written(&mut self) {
         self.written = Some(Written::default());
+    }
+
+    /// A call has written these bytes of page `pfn`, if that is to be remembered.
+    pub fn note_written(&mut self, pfn: Pfn, bytes: Range<usize>) {
+        if let Some(written) = &mut self.written {
+            written.note(pfn, bytes);
+        }
     }
 
     /// Where calls have written since that was to be remembered; `None` if it was not.
@@ -291,9 +299,6 @@ impl PrivateView {
             }
         }
         self.mark_shared(pfn);
-        if let Some(written) = &mut self.written {
-            mask.runs().for_each(|run| written.note(pfn, run));
-        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! Memory that was in use at a mark, has been since, and has other bytes now.
 //!
-//! Only where calls of a domain have written to it: what the guest has changed by itself is its own
-//! business. Taken piece by piece: an object of a slab, a page that somebody holds, a processor's part of a
+//! Only where calls of a domain have written to what is not their driver's: what the guest has
+//! changed by itself is its own business. Taken piece by piece: an object of a slab, a page that somebody holds, a processor's part of a
 //! per-CPU allocation, a symbol of the kernel's image. What was handed out or given back meanwhile
 //! is none. Which of the pieces had to change whoever compares with other runs knows.
 

@@ -76,6 +76,9 @@ impl Call<'_> {
                 self.supervisor.committing(at, bytes);
             }
         }
+        if self.domain.view.written().is_some() {
+            self.note_written(&changes);
+        }
         if let Some(journal) = &mut self.journal {
             for pfn in &pages {
                 let view = &self.domain.view;
@@ -117,6 +120,23 @@ impl Call<'_> {
         }
         self.flush_posted();
         Ok(None)
+    }
+
+    /// Remembers which bytes of `changes` are not the driver's to write: kernel functions may have
+    /// written them, or nobody should have.
+    fn note_written(&mut self, changes: &[(Pfn, PageMask)]) {
+        for (pfn, mask) in changes {
+            let opened = self.domain.opened_va(*pfn);
+            for run in mask.runs() {
+                let own = opened.is_some_and(|va| {
+                    let (at, bytes) = (va + run.start as u64, run.len() as u64);
+                    self.in_own_stack(at) || self.supervisor.may_change(at, bytes)
+                });
+                if !own {
+                    self.domain.view.note_written(*pfn, run);
+                }
+            }
+        }
     }
 
     /// What P's copies of `pages` have differently from the guest's, page by page.
