@@ -40,13 +40,16 @@ impl VmService {
         learn: bool,
     ) -> Result<Reply, String> {
         let mut learned = self.learned.lock();
-        let known = learned.entry(mark.to_owned()).or_default();
+        let none = BTreeMap::new();
+        let known = learned.get(mark).unwrap_or(&none);
         let found = self
             .isolator()
             .bystanders(module, mark, REST_TIME, &mut |at| end_of(known, at))
             .map_err(|error| error.to_string())?;
         if learn {
-            known.extend(found.iter().map(|one| (one.range.start, one.range.end)));
+            // A mark that is none was refused above.
+            let pieces = learned.entry(mark.to_owned()).or_default();
+            pieces.extend(found.iter().map(|one| (one.range.start, one.range.end)));
         }
         let count = found.len() as u64;
         let named = found.into_iter().take(MOST_NAMED).map(|one| one.what);
